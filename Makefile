@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help run test lint clean
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+run: $(READY) ## The service on http://localhost:3000
+	@$(BIN)/python gunicorn.conf.py # checks the environment; gunicorn trips over WEB_CONCURRENCY by itself
+	@exec $(BIN)/python -m gunicorn app:app
+
+test: $(READY) ## Every test
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy signup app.py gunicorn.conf.py
+
+clean: ## Removes the environment and the caches, and keeps the data
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed: install it, or name it: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) can't make virtual environments: install its venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || { \
+		echo "A package of requirements-dev.txt can't be installed: pip needs to reach a package index (see pip config, PIP_INDEX_URL)" >&2; exit 1; }
+	@touch $@

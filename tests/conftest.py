@@ -1,0 +1,31 @@
+"""Fixtures: one PostgreSQL for all tests, and a database and a service for each module."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .service import Postgres, Service
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with Postgres() as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def database_url(postgres: Postgres) -> str:
+    return postgres.new_database()
+
+
+@pytest.fixture(scope="module")
+def service(database_url: str) -> Iterator[Service]:
+    """Four workers, which end a stuck statement soon, and whose pool is sampled often."""
+    with Service(
+        DATABASE_URL=database_url,
+        WEB_CONCURRENCY="4",
+        WEB_THREADS="8",
+        METRICS_SAMPLE_INTERVAL="0.05",
+        DATABASE_STATEMENT_TIMEOUT="2",
+    ) as service:
+        yield service

@@ -1,0 +1,237 @@
+"""What tests, drills and benchmarks share: a PostgreSQL, the service, and its /metrics."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from signup.config import Config
+from signup.database import connect
+from signup.embedded import EmbeddedPostgres, home_for
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+SETTINGS = re.compile(
+    "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
+)
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 30) -> Any:
+    """The first true result of `condition`; fails after `timeout` seconds without one."""
+    give_up = time.monotonic() + timeout
+    while not (result := condition()):
+        assert time.monotonic() < give_up, f"not in {timeout} s: {condition}"
+        time.sleep(0.02)
+    return result
+
+
+class Postgres:
+    """An embedded PostgreSQL of its own, gone after the `with` block."""
+
+    def __enter__(self) -> "Postgres":
+        self._folder = tempfile.mkdtemp(prefix="signup-test-", dir="/tmp")
+        Path(self._folder).chmod(0o755)  # under root, PostgreSQL runs as another user
+        self.server = EmbeddedPostgres(Path(self._folder))
+        self.url = self.server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        shutil.rmtree(self._folder)
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"test_{time.monotonic_ns()}"
+        execute(self.url, f"CREATE DATABASE {name}")
+        return self.url.replace("/postgres?", f"/{name}?")
+
+
+def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
+    """Run `sql` in a connection of its own, and return the rows if there are any."""
+    config = Config.from_env({"DATABASE_URL": url, "DATABASE_STATEMENT_TIMEOUT": "60"})
+    connection = connect(config, deadline=time.monotonic() + 60)
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+
+@contextlib.contextmanager
+def locked_table(url: str) -> Iterator[None]:
+    """While the block runs, whoever uses the table `users` waits."""
+    config = Config.from_env({"DATABASE_URL": url})
+    connection = connect(config, deadline=time.monotonic() + 600)
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("BEGIN; LOCK TABLE users")
+        yield
+
+
+class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
+    """One scrape: the value of each sample by name and labels."""
+
+    def get_value(self, name: str, **labels: str) -> float:
+        return self[name, frozenset(labels.items())]
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over all samples of `name` that have `labels`."""
+        wanted = frozenset(labels.items())
+        return sum(value for (n, have), value in self.items() if n == name and wanted <= have)
+
+
+class Service:
+    """The service under gunicorn on a free port of 127.0.0.1, ended after the `with` block.
+
+    `options` are gunicorn's, `env` the service's variables; those of this process don't count.
+    `answers` counts the statuses that clients got on /signup.
+    """
+
+    def __init__(self, *options: str, project: Path = ROOT, **env: str) -> None:
+        self._command = [sys.executable, "-m", "gunicorn", "--bind=127.0.0.1:0", *options]
+        self._project = project
+        self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
+        self.answers: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Service":
+        self._output = tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
+        self.process = subprocess.Popen(
+            [*self._command, "app:app"],
+            cwd=self._project,
+            env=self._env,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            self.url = wait_until(self._address)
+            self.get("/healthz")  # waits in the queue for a worker
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self._output.close()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal to the master and return its exit status."""
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def _address(self) -> str | None:
+        assert self.process.poll() is None, self.log()
+        found = re.search(r"signup service on (http\S+),", self.log())
+        return found[1] if found else None
+
+    def log(self) -> str:
+        """What the service has printed so far."""
+        return Path(self._output.name).read_text()
+
+    def worker_pids(self) -> list[int]:
+        master = self.process.pid
+        return [int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return requests.get(self.url + path, timeout=30, **options)
+
+    def signup(self, method: str = "POST", **options: Any) -> requests.Response:
+        """A request to /signup; `session` keeps its connection alive."""
+        session = options.pop("session", requests)
+        response: requests.Response = session.request(
+            method, self.url + "/signup", timeout=30, **options
+        )
+        with self._lock:
+            self.answers[response.status_code] += 1
+        return response
+
+    def metrics(self, openmetrics: bool = False) -> Samples:
+        """A scrape over a new connection, so of any worker, parsed by prometheus_client."""
+        response = self.get("/metrics", headers={"Accept": OPENMETRICS} if openmetrics else {})
+        response.raise_for_status()
+        assert response.headers["Content-Type"].startswith(
+            "application/openmetrics-text" if openmetrics else "text/plain; version=0.0.4"
+        )
+        families = (parse_openmetrics if openmetrics else parse_text)(response.text)
+        return Samples(
+            ((sample.name, frozenset(sample.labels.items())), sample.value)
+            for family in families
+            for sample in family.samples
+        )
+
+    def quiet_metrics(self) -> Samples:
+        """A scrape once nothing is being worked on and the pool's gauges say so."""
+
+        def quiet() -> Samples | None:
+            now = self.metrics()
+            busy = now.total("signup_requests_in_flight") + now.total(
+                "database_connections", state="in_use"
+            )
+            return None if busy else now
+
+        samples: Samples = wait_until(quiet)
+        return samples
+
+    def check_equalities(self, rows: int) -> None:
+        """Design, section 3: what holds at every quiet moment. `rows` are those in `users`."""
+        now = self.quiet_metrics()
+
+        def requests_with(*codes: int) -> float:
+            return sum(now.total("signup_requests_total", status_code=str(c)) for c in codes)
+
+        def errors(kind: str) -> float:
+            return now.get_value("signup_errors_total", error_type=kind)
+
+        for status in {*self.answers, 201, 400, 405, 409, 413, 500, 503}:
+            assert requests_with(status) == self.answers[status], status
+        total = self.answers.total()
+        assert now.total("signup_requests_total") == total
+        assert now.total("signup_request_duration_seconds_count") == total
+        assert requests_with(201) == rows
+        assert requests_with(409) == errors("duplicate_email")
+        assert requests_with(409) == now.get_value("signup_duplicate_email_attempts_total")
+        failed = sum(n for status, n in self.answers.items() if status >= 400)
+        assert now.total("signup_errors_total") == failed
+        assert errors("validation") == now.total("signup_validation_errors_total")
+        assert errors("validation") + errors("invalid_json") == requests_with(400, 413)
+        assert errors("database") + errors("internal") == requests_with(500, 503)
+        assert errors("invalid_method") == requests_with(405)
+        open_, in_use, idle = (
+            now.get_value("database_connections", state=s) for s in ("open", "in_use", "idle")
+        )
+        assert open_ == in_use + idle <= now.get_value("database_connections_max")
+
+
+@contextlib.contextmanager
+def project_copy() -> Iterator[Path]:
+    """The service's files in a home folder of mode 700, whose data is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="signup-home-", dir="/tmp") as home:
+        project = Path(home) / "signup"
+        project.mkdir()
+        for name in ("app.py", "gunicorn.conf.py"):
+            shutil.copy(ROOT / name, project)
+        shutil.copytree(ROOT / "signup", project / "signup")
+        try:
+            yield project
+        finally:
+            shutil.rmtree(home_for(project), ignore_errors=True)

@@ -1,0 +1,110 @@
+"""The service as its users run it: gunicorn, several workers, many clients."""
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import requests
+
+from signup.embedded import home_for
+
+from .service import Postgres, Service, execute, project_copy, wait_until
+
+
+def guide_traffic() -> list[dict[str, str]]:
+    """The guide's section "Testing Your Metrics", its duplicate sent twice."""
+    john = {"first_name": "John", "last_name": "Doe"}
+    jane = {"email": "duplicate@example.com", "first_name": "Jane", "last_name": "Doe"}
+    return [{"email": "test@example.com", **john}, {"email": "invalid", **john}, jane, jane]
+
+
+def test_the_guides_traffic_and_concurrent_clients(service: Service, database_url: str) -> None:
+    statuses = [service.signup(json=body).status_code for body in guide_traffic()]
+    assert statuses == [201, 400, 201, 409]
+
+    clients = 20
+    together = threading.Barrier(clients)
+
+    def client(number: int) -> list[int]:
+        """Race the others for one email, then sign up well, badly and twice."""
+        with requests.Session() as session:
+            mine = f"client{number}-{{}}@example.com"
+            names = {"first_name": "A", "last_name": "B"}
+            together.wait()
+            emails = ["race@example.com", *(mine.format(n) for n in range(10)), mine.format(0), ""]
+            answers = [
+                service.signup(session=session, json={"email": email, **names}) for email in emails
+            ]
+            return [answer.status_code for answer in answers]
+
+    with ThreadPoolExecutor(clients) as executor:
+        results = list(executor.map(client, range(clients)))
+    assert sorted(chain.from_iterable(r[:1] for r in results)) == [201] + [409] * 19
+    assert [r[1:] for r in results] == [[201] * 10 + [409, 400]] * clients
+    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+    assert service.quiet_metrics().total("database_query_duration_seconds_count") == sum(
+        service.answers[status] for status in (201, 409)
+    )
+
+
+def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    with ThreadPoolExecutor(4) as executor:
+        services = [Service(DATABASE_URL=url, WEB_CONCURRENCY="1") for _ in range(4)]
+        try:
+            for service in executor.map(Service.__enter__, services):
+                assert service.get("/readyz").status_code == 200
+        finally:
+            list(executor.map(Service.__exit__, services))
+
+
+def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None:
+    user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+    with project_copy() as project:
+        folders = [project, *project.parents, Path(shutil.__file__).parent]
+        before = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
+        for status, number in ((201, signal.SIGINT), (409, signal.SIGTERM)):
+            with Service(project=project, WEB_CONCURRENCY="2") as service:
+                assert f"data in {home_for(project)}" in service.log()
+                assert service.signup(json=user).status_code == status
+                pids = [*service.worker_pids(), server_pid(project)]
+                assert service.stop(number) == 0
+            wait_until(lambda: not any(map(is_alive, pids)))  # noqa: B023
+        assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
+
+
+def test_two_services_share_an_embedded_database() -> None:
+    with project_copy() as project:
+        with Service(project=project) as second:
+            with Service(project=project) as first:
+                first.stop()
+            assert second.get("/readyz").status_code == 200
+            pid = server_pid(project)
+        wait_until(lambda: not is_alive(pid))
+
+
+def test_no_server_is_left_when_the_port_is_taken() -> None:
+    with project_copy() as project, socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(AssertionError, match="Address already in use"):
+            Service(f"--bind={address}", project=project).__enter__()
+        assert not (home_for(project) / "data" / "postmaster.pid").exists()
+
+
+def server_pid(project: Path) -> int:
+    return int((home_for(project) / "data" / "postmaster.pid").read_text().splitlines()[0])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

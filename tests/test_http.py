@@ -1,0 +1,216 @@
+"""The HTTP contract, row by row, against real workers and a real PostgreSQL."""
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+from signup import create_app
+from signup.config import Config
+
+from .service import Postgres, Service, execute, locked_table, wait_until
+
+GOOD = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+
+
+@pytest.fixture(autouse=True)
+def equalities_hold_after_each_test(service: Service, database_url: str) -> Iterator[None]:
+    yield
+    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+
+
+def test_a_valid_signup(service: Service, database_url: str) -> None:
+    response = service.signup(json=GOOD | {"email": " Ada.1@Example.com "})
+    assert response.status_code == 201
+    assert response.headers["Content-Type"] == "application/json"
+    user = response.json()["user"]
+    assert response.json() == {"message": "user created successfully", "user": user}
+    row = execute(
+        database_url,
+        "SELECT id, email, first_name, last_name, created_at, updated_at FROM users"
+        " WHERE lower(email) = 'ada.1@example.com'",
+    )[0]
+    assert list(user) == ["id", "email", "first_name", "last_name", "created_at", "updated_at"]
+    assert (user["id"], user["email"], user["first_name"], user["last_name"]) == row[:4]
+    assert user["email"] == "Ada.1@example.com"
+    for name, stored in zip(("created_at", "updated_at"), row[4:], strict=True):
+        assert RFC3339.fullmatch(user[name])
+        assert datetime.fromisoformat(user[name]) == stored
+        assert abs(datetime.now(UTC) - stored) < timedelta(minutes=5)
+
+
+def test_the_content_type_does_not_matter(service: Service) -> None:
+    data = json.dumps(GOOD | {"email": "form@example.com"})
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}  # what plain `curl -d` sends
+    assert service.signup(data=data, headers=headers).status_code == 201
+
+
+def test_names_come_back_as_they_were_sent(service: Service, database_url: str) -> None:
+    names = {"first_name": "Zoë 𝒜", "last_name": "O'Brien\"; DROP TABLE users; --%s"}
+    response = service.signup(json={"email": "zoe@example.com"} | names)
+    assert response.status_code == 201
+    assert names.items() <= response.json()["user"].items()
+    stored = execute(database_url, "SELECT last_name FROM users WHERE email = 'zoe@example.com'")
+    assert stored == [(names["last_name"],)]
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        ("twice@example.com", "twice@example.com"),
+        ("Upper@Example.com", "uPPER@example.COM"),
+        ("ärger@example.com", "ÄRGER@example.com"),
+    ],
+)
+def test_a_registered_email_in_any_letter_case(service: Service, first: str, again: str) -> None:
+    assert service.signup(json=GOOD | {"email": first}).status_code == 201
+    response = service.signup(json=GOOD | {"email": again})
+    assert response.status_code == 409
+    assert response.json() == {"error": "email already exists"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not json", b"[1]", b'{"email": 1}', b"\xff\xfe", b'{"email": "\xe9@example.com"}'],
+)
+def test_what_is_not_a_json_object(service: Service, data: bytes) -> None:
+    response = service.signup(data=data)
+    assert response.status_code == 400
+    assert response.json() == {"error": "invalid request body"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large(service: Service, chunked: bool) -> None:
+    data = b'{"email": "' + b"x" * 16384 + b'"}'
+    response = service.signup(data=iter([data[:100], data[100:]]) if chunked else data)
+    assert response.status_code == 413
+    assert response.json() == {"error": "request body too large"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_largest_body(service: Service, chunked: bool) -> None:
+    data = json.dumps(GOOD | {"email": f"large{chunked}@example.com"}).encode()
+    data += b" " * (16384 - len(data))
+    response = service.signup(data=iter([data[:100], data[100:]]) if chunked else data)
+    assert response.status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"email": ""}, "email is required"),
+        ({"email": "invalid"}, "email is not valid: An email address must have an @-sign."),
+        ({"first_name": " "}, "first name is required"),
+        ({"first_name": "x" * 101}, "first name must be at most 100 characters"),
+        ({"last_name": "a\x00b"}, "last name must not contain control or invisible characters"),
+    ],
+)
+def test_a_field_that_breaks_a_rule(service: Service, change: dict[str, str], error: str) -> None:
+    response = service.signup(json=GOOD | change)
+    assert response.status_code == 400
+    assert response.json() == {"error": error, "field": next(iter(change))}
+
+
+@pytest.mark.parametrize(
+    "method", ["GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND"]
+)
+def test_any_other_method(service: Service, method: str) -> None:
+    response = service.signup(method)
+    assert response.status_code == 405
+    assert response.headers["Allow"] == "POST"
+    if method != "HEAD":
+        assert response.json() == {"error": "method not allowed"}
+
+
+def test_the_query_string_does_not_matter(service: Service) -> None:
+    assert service.signup("GET", params={"next": "/"}).status_code == 405
+
+
+def test_a_body_cut_short(service: Service) -> None:
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+        client.sendall(b"POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        client.shutdown(socket.SHUT_WR)
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b'{"error": "invalid request body"}\n')
+    service.answers[400] += 1
+
+
+def test_the_database_failed(service: Service, database_url: str) -> None:
+    execute(database_url, "ALTER TABLE users RENAME TO elsewhere")
+    try:
+        response = service.signup(json=GOOD | {"email": "lost@example.com"})
+    finally:
+        execute(database_url, "ALTER TABLE elsewhere RENAME TO users")
+    assert response.status_code == 500
+    assert response.json() == {"error": "failed to create user"}
+    assert service.signup(json=GOOD | {"email": "lost@example.com"}).status_code == 201
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/signup/", "//signup", "/SIGNUP", "/static/x"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_any_other_path(service: Service, method: str, path: str) -> None:
+    request = requests.Request(method, service.url, json=GOOD).prepare()
+    request.url = service.url + path  # requests would tidy it up
+    response = requests.Session().send(request, timeout=30)
+    assert response.status_code == 404
+    assert response.json() == {"error": "not found"}
+
+
+def test_welcome_and_health(service: Service) -> None:
+    assert service.get("/").json() == {"message": "welcome"}
+    for path in ("/", "/healthz", "/readyz"):
+        assert service.get(path).status_code == 200
+
+
+def test_no_connection_came_free_in_time(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    with (
+        Service(
+            DATABASE_URL=url,
+            WEB_CONCURRENCY="1",
+            WEB_THREADS="4",
+            DATABASE_MAX_CONNECTIONS="1",
+            DATABASE_POOL_TIMEOUT="0.2",
+            DATABASE_STATEMENT_TIMEOUT="30",
+            METRICS_SAMPLE_INTERVAL="0.05",
+        ) as service,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        with locked_table(url):
+            holder = executor.submit(service.signup, json=GOOD)
+            wait_until(lambda: service.metrics().get_value("database_connections", state="in_use"))
+            response = service.signup(json=GOOD)
+            assert response.status_code == 503
+            assert response.headers["Retry-After"] == "1"
+            assert response.json() == {"error": "service is busy, retry later"}
+            assert service.get("/readyz").status_code == 503
+            assert service.get("/healthz").status_code == 200
+        assert holder.result().status_code == 201
+        assert service.metrics().get_value("database_pool_timeouts_total") == 2
+        service.check_equalities(rows=1)
+        assert service.get("/readyz").status_code == 200
+
+
+def test_an_unexpected_exception(database_url: str) -> None:
+    app = create_app(Config.from_env({"DATABASE_URL": database_url}))
+
+    def broken() -> None:
+        raise RuntimeError("a secret")
+
+    app.view_functions["signup.signup"] = broken
+    response = app.test_client().post("/signup", json=GOOD)
+    assert response.status_code == 500
+    assert response.get_json() == {"error": "internal server error"}
+    exposition = app.test_client().get("/metrics").text
+    assert 'signup_errors_total{error_type="internal"} 1.0' in exposition
+    assert 'signup_requests_total{status_code="500"} 1.0' in exposition
+    assert "signup_requests_in_flight 0.0" in exposition

@@ -1,0 +1,81 @@
+"""The metrics contract: what a scrape holds, in both formats, whichever worker answers."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .service import Samples, Service
+
+BUCKETS = [
+    "0.005",
+    "0.01",
+    "0.025",
+    "0.05",
+    "0.1",
+    "0.25",
+    "0.5",
+    "1.0",
+    "2.5",
+    "5.0",
+    "10.0",
+    "+Inf",
+]
+STATUS_CODES = ["201", "400", "405", "409", "413", "500", "503"]
+CONTRACT = {
+    ("signup_requests_total", "status_code"): STATUS_CODES,
+    ("signup_request_duration_seconds", "status_code"): STATUS_CODES,
+    ("signup_errors_total", "error_type"): [
+        "validation",
+        "duplicate_email",
+        "database",
+        "invalid_json",
+        "invalid_method",
+        "internal",
+    ],
+    ("signup_validation_errors_total", "field"): ["email", "first_name", "last_name"],
+    ("database_connections", "state"): ["in_use", "idle", "open"],
+    ("database_query_duration_seconds", "operation"): ["insert_user"],
+    ("database_pool_wait_seconds", None): [],
+    ("signup_duplicate_email_attempts_total", None): [],
+    ("signup_requests_in_flight", None): [],
+    ("database_pool_timeouts_total", None): [],
+    ("database_connections_max", None): [],
+}
+
+
+def expected() -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
+    """Name and labels of every sample that the contract promises."""
+    for (name, label), values in CONTRACT.items():
+        for labels in [{(label, value)} for value in values] if label else [set()]:
+            if name.endswith("_seconds"):
+                yield from ((f"{name}_{part}", frozenset(labels)) for part in ("sum", "count"))
+                yield from ((f"{name}_bucket", frozenset({*labels, ("le", b)})) for b in BUCKETS)
+            else:
+                yield name, frozenset(labels)
+
+
+@pytest.mark.parametrize("openmetrics", [False, True])
+def test_every_value_is_there_from_the_first_scrape(service: Service, openmetrics: bool) -> None:
+    samples = service.metrics(openmetrics)
+    assert samples.keys() == set(expected())
+    assert samples.pop(("database_connections_max", frozenset())) == 25
+    assert set(samples.values()) == {0}
+
+
+def test_each_worker_answers_for_all(service: Service) -> None:
+    for n in range(8):
+        service.signup(json={"email": f"{n}@example.com", "first_name": "A", "last_name": "B"})
+    first = service.quiet_metrics()
+    assert first.get_value("signup_requests_total", status_code="201") == 8
+    assert 0 < first.total("database_connections", state="open") <= 25
+
+    def counters(samples: Samples) -> dict[object, float]:
+        return {key: value for key, value in samples.items() if "connections" not in key[0]}
+
+    for n in range(20):
+        assert counters(service.metrics(openmetrics=n % 2 == 0)) == counters(first)
+
+
+def test_a_strange_accept_header_gets_a_scrape(service: Service) -> None:
+    for accept in ("*/*", "application/openmetrics-text; version=x", "text/plain; version=y", ";,"):
+        assert service.get("/metrics", headers={"Accept": accept}).status_code == 200
