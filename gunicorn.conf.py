@@ -5,12 +5,14 @@ workers run the same: HUP replaces the workers, and new code needs USR2 or a res
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from psycopg2.extensions import parse_dsn
@@ -40,6 +42,8 @@ control_socket_disable = True
 forwarder_headers = ""
 loglevel = settings.log_level
 proc_name = "signup"
+
+ENDINGS = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 
 def on_starting(server: Any) -> None:
@@ -79,12 +83,33 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker, before it loads the application."""
+    # gthread's own handler of INT and QUIT takes a lock that is not reentrant: with the second
+    # signal (Ctrl-C reaches every process of the terminal, and then the master sends QUIT), or
+    # one that interrupts the hand-over of a request, the worker hangs until it is killed.
+    worker.handle_quit = _quit
+    # Until gunicorn sets the worker's handlers, the master's would swallow what ends a worker.
+    for number in ENDINGS:
+        signal.signal(number, _quit)
+    if not ENDINGS.isdisjoint(_drain(server.SIG_QUEUE)):
+        sys.exit(0)
     slots.use(worker.slot)
 
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master, once a worker is reaped, however it died."""
     slots.release(worker.slot, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+
+
+def _quit(*_: object) -> None:
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _drain(queue: "SimpleQueue[int]") -> Iterator[int]:
+    with contextlib.suppress(Empty):
+        while True:
+            yield queue.get_nowait()
 
 
 def _start_embedded() -> str:

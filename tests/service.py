@@ -133,6 +133,14 @@ class Service:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal to the master and return its exit status."""
         self.process.send_signal(number)
+        return self.wait()
+
+    def press_ctrl_c(self) -> int:
+        """Send SIGINT as a terminal does, to every process, and return the exit status."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.wait()
+
+    def wait(self) -> int:
         try:
             return self.process.wait(timeout=40)
         except subprocess.TimeoutExpired:

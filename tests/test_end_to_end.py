@@ -1,5 +1,6 @@
 """The service as its users run it: gunicorn, several workers, many clients."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -70,14 +71,25 @@ def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None
     with project_copy() as project:
         folders = [project, *project.parents, Path(shutil.__file__).parent]
         before = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
-        for status, number in ((201, signal.SIGINT), (409, signal.SIGTERM)):
+        for status, stop in ((201, Service.press_ctrl_c), (409, Service.stop)):
             with Service(project=project, WEB_CONCURRENCY="2") as service:
                 assert f"data in {home_for(project)}" in service.log()
                 assert service.signup(json=user).status_code == status
                 pids = [*service.worker_pids(), server_pid(project)]
-                assert service.stop(number) == 0
+                assert stop(service) == 0
             wait_until(lambda: not any(map(is_alive, pids)))  # noqa: B023
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
+
+
+def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None:
+    with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="4") as service:
+        service.signup("GET")
+        for pid in service.worker_pids():
+            for number in (signal.SIGINT, signal.SIGQUIT) * 10:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        assert service.press_ctrl_c() == 0
+        assert "was sent SIGKILL" not in service.log()
 
 
 def test_two_services_share_an_embedded_database() -> None:
