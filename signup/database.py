@@ -233,11 +233,16 @@ def create_schema(config: Config) -> None:
                 cursor.execute(SCHEMA.read_text())
             return
         except psycopg2.Error as error:
-            cause = str(error).strip()
+            cause = describe(error)
             if not isinstance(error, psycopg2.OperationalError) or monotonic() > give_up:
                 raise Unavailable(f"the database can't be used: {cause}") from error
             log.warning("waiting for the database: %s", cause)
             sleep(1)
+
+
+def describe(error: psycopg2.Error) -> str:
+    """The cause in one line, for the log; it has no password, and no value of a row."""
+    return f"{type(error).__name__}: {' '.join(str(error).split('DETAIL:')[0].split())}"
 
 
 def _rfc3339(time: datetime) -> str:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
@@ -40,6 +40,7 @@ class EmbeddedPostgres:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.data = home / "data"
+        self._users: IO[str] | None = None
 
     def start(self) -> str:
         """Start the server, the first time after making the cluster, and return its URL.
@@ -61,7 +62,9 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/postgres?host={quote(str(self._socket_folder()), safe='')}"
 
     def stop(self) -> None:
-        """End the server cleanly, unless another process still uses it."""
+        """End the server cleanly, unless it was not started or another process still uses it."""
+        if self._users is None:
+            return
         with self._exclusive(), self._users:
             try:
                 fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,7 @@ import psycopg2
 from flask import Blueprint, Flask, Response, current_app, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from .database import Database, DuplicateEmail, PoolTimeout
+from .database import Database, DuplicateEmail, PoolTimeout, describe
 from .validation import InvalidBody, InvalidField, parse_signup
 
 bp = Blueprint("signup", __name__)
@@ -73,7 +73,7 @@ def duplicate_email(_: DuplicateEmail) -> Response:
 
 @bp.errorhandler(psycopg2.Error)
 def database_failed(error: psycopg2.Error) -> Response:
-    log.error("database: %s", str(error).strip())
+    log.error("database: %s", describe(error))
     return _error(500, "database", "failed to create user")
 
 

@@ -66,6 +66,12 @@ def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> No
             list(executor.map(Service.__exit__, services))
 
 
+def test_nothing_embedded_is_imported_with_a_database_url(database_url: str) -> None:
+    with Service(DATABASE_URL=database_url, PYTHONPROFILEIMPORTTIME="1") as service:
+        assert "signup.database\n" in service.log()
+        assert "signup.embedded" not in service.log()
+
+
 def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None:
     user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
     with project_copy() as project:
