@@ -3,14 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint clean
+.PHONY: help run test lint soak clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 run: $(READY) ## The service on http://localhost:3000
 	@$(BIN)/python gunicorn.conf.py # checks the environment; gunicorn trips over WEB_CONCURRENCY by itself
-	@exec $(BIN)/python -m gunicorn app:app
+	@exec $(BIN)/python $(BIN)/gunicorn app:app
 
 test: $(READY) ## Every test
 	$(BIN)/python -m pytest
@@ -19,6 +19,9 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy signup app.py gunicorn.conf.py
+
+soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
+	$(BIN)/python -m benchmarks.soak 200
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

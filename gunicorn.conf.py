@@ -31,6 +31,9 @@ threads = settings.threads
 worker_class = "gthread"
 # Each worker must make its metrics and connections itself, after the fork.
 preload_app = False
+# One queue of connections for all workers: with a queue each, a worker that ends resets the
+# connections that wait in its own.
+reuse_port = False
 # Longer than a proxy keeps its idle connections (nginx: 60 s), so that the server never closes
 # one just as the next request comes.
 keepalive = 75

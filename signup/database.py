@@ -179,7 +179,7 @@ class Database:
         self._config = config
         self._metrics = metrics
         share, rest = divmod(config.database_max_connections, config.workers)
-        self.pool = Pool(config, share + (slots.current < rest), metrics)
+        self.pool = Pool(config, share + ((slots.current or 0) < rest), metrics)
         threading.Thread(target=self._sample, name="pool-sampler", daemon=True).start()
 
     def insert_user(self, signup: Signup) -> dict[str, Any]:

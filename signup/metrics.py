@@ -13,8 +13,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
+from . import slots
 from .config import Config
-from .slots import SlotCollector
+from .process import ProcessCollector
 
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
 ERROR_TYPES = (
@@ -107,8 +108,9 @@ class Metrics:
             registry=own,
         )
         self.registry.register(ServiceCollector(config))
+        self.registry.register(ProcessCollector(slots.master()))
         if config.metrics_dir:
-            self.registry.register(SlotCollector(config.metrics_dir))
+            self.registry.register(slots.SlotCollector(config.metrics_dir))
 
 
 class ServiceCollector(Collector):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .service import Postgres, Service
+from .service import Postgres, Service, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +28,5 @@ def service(database_url: str) -> Iterator[Service]:
         METRICS_SAMPLE_INTERVAL="0.05",
         DATABASE_STATEMENT_TIMEOUT="2",
     ) as service:
+        wait_until(lambda: service.metrics().get_value("signup_workers") == 4)
         yield service

@@ -24,6 +24,7 @@ from signup.database import connect
 from signup.embedded import EmbeddedPostgres, home_for
 
 ROOT = Path(__file__).resolve().parent.parent
+GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 SETTINGS = re.compile(
     "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
@@ -99,7 +100,7 @@ class Service:
     """
 
     def __init__(self, *options: str, project: Path = ROOT, **env: str) -> None:
-        self._command = [sys.executable, "-m", "gunicorn", "--bind=127.0.0.1:0", *options]
+        self._command = [*GUNICORN, "--bind=127.0.0.1:0", *options]
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
         self.answers: Counter[int] = Counter()
@@ -159,6 +160,22 @@ class Service:
     def worker_pids(self) -> list[int]:
         master = self.process.pid
         return [int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
+    def boots(self) -> int:
+        """How many workers the master has started so far."""
+        return self.log().count("Booting worker")
+
+    def metric_files(self, pid: int) -> set[Path]:
+        """The files of metrics that the worker `pid` has open."""
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+            return {link for link in links if link.suffix == ".db"}
+        return set()
+
+    def metrics_folder(self) -> Path:
+        """Where the workers keep their metrics."""
+        files: set[Path] = wait_until(lambda: self.metric_files(self.worker_pids()[0]))
+        return files.pop().parent
 
     def get(self, path: str, **options: Any) -> requests.Response:
         return requests.get(self.url + path, timeout=30, **options)

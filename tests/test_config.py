@@ -1,14 +1,13 @@
 """Wrong settings stop the start with a line each; right ones are taken as they are."""
 
 import subprocess
-import sys
 
 import pytest
 
 from signup import create_app
 from signup.config import Config, ConfigError
 
-from .service import ROOT, Postgres
+from .service import GUNICORN, ROOT, Postgres
 
 WRONG = [
     ("PORT", "abc"),
@@ -91,7 +90,7 @@ def test_an_app_without_a_database_says_so() -> None:
 
 def start(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Start gunicorn, which is expected to refuse."""
-    command = [sys.executable, "-m", "gunicorn", "--bind=127.0.0.1:0", *options, "app:app"]
+    command = [*GUNICORN, "--bind=127.0.0.1:0", *options, "app:app"]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 

@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from signup.slots import SlotCollector
 
 from .service import Samples, Service
 
@@ -20,6 +24,11 @@ BUCKETS = [
     "10.0",
     "+Inf",
 ]
+HISTOGRAMS = {
+    "signup_request_duration_seconds",
+    "database_query_duration_seconds",
+    "database_pool_wait_seconds",
+}
 STATUS_CODES = ["201", "400", "405", "409", "413", "500", "503"]
 CONTRACT = {
     ("signup_requests_total", "status_code"): STATUS_CODES,
@@ -40,6 +49,11 @@ CONTRACT = {
     ("signup_requests_in_flight", None): [],
     ("database_pool_timeouts_total", None): [],
     ("database_connections_max", None): [],
+    ("process_cpu_seconds_total", None): [],
+    ("process_resident_memory_bytes", None): [],
+    ("process_open_fds", None): [],
+    ("process_start_time_seconds", None): [],
+    ("signup_workers", None): [],
 }
 
 
@@ -47,7 +61,7 @@ def expected() -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
     """Name and labels of every sample that the contract promises."""
     for (name, label), values in CONTRACT.items():
         for labels in [{(label, value)} for value in values] if label else [set()]:
-            if name.endswith("_seconds"):
+            if name in HISTOGRAMS:
                 yield from ((f"{name}_{part}", frozenset(labels)) for part in ("sum", "count"))
                 yield from ((f"{name}_bucket", frozenset({*labels, ("le", b)})) for b in BUCKETS)
             else:
@@ -58,8 +72,10 @@ def expected() -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
 def test_every_value_is_there_from_the_first_scrape(service: Service, openmetrics: bool) -> None:
     samples = service.metrics(openmetrics)
     assert samples.keys() == set(expected())
-    assert samples.pop(("database_connections_max", frozenset())) == 25
-    assert set(samples.values()) == {0}
+    assert samples.get_value("database_connections_max") == 25
+    of_the_service = ("database_connections_max", "process_", "signup_workers")
+    others = [v for (name, _), v in samples.items() if not name.startswith(of_the_service)]
+    assert set(others) == {0}
 
 
 def test_each_worker_answers_for_all(service: Service) -> None:
@@ -70,7 +86,7 @@ def test_each_worker_answers_for_all(service: Service) -> None:
     assert 0 < first.total("database_connections", state="open") <= 25
 
     def counters(samples: Samples) -> dict[object, float]:
-        return {key: value for key, value in samples.items() if "connections" not in key[0]}
+        return {key: value for key, value in samples.items() if key[0].startswith("signup_")}
 
     for n in range(20):
         assert counters(service.metrics(openmetrics=n % 2 == 0)) == counters(first)
@@ -79,3 +95,18 @@ def test_each_worker_answers_for_all(service: Service) -> None:
 def test_a_strange_accept_header_gets_a_scrape(service: Service) -> None:
     for accept in ("*/*", "application/openmetrics-text; version=x", "text/plain; version=y", ";,"):
         assert service.get("/metrics", headers={"Accept": accept}).status_code == 200
+
+
+def test_the_merge_is_the_librarys(service: Service) -> None:
+    folder = service.metrics_folder()
+    service.signup("GET")
+    service.quiet_metrics()
+    expected = MultiProcessCollector.merge([str(file) for file in folder.glob("*.db")])
+    merged = SlotCollector(folder).collect()
+    assert {family.name: (family.type, samples_of(family)) for family in merged} == {
+        family.name: (family.type, samples_of(family)) for family in expected
+    }
+
+
+def samples_of(family: Metric) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {(s.name, frozenset(s.labels.items())): s.value for s in family.samples}

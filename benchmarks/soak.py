@@ -1,0 +1,121 @@
+"""Replaces workers under load, and shows what that does to the metrics folder and to the scrape.
+
+`make soak` runs it with the service as it is, and beside it with the library's own way: a set of
+files for each process id.
+"""
+
+import os
+import random
+import signal
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tests.load import Load, Scraper, scrape_time
+from tests.service import Postgres, Service, execute, wait_until
+
+WORKERS = 4
+CLIENTS = 8
+SCRAPERS = 2
+PID_FILES = str(Path(__file__).with_name("pid_files.conf.py"))
+
+
+@dataclass
+class Report:
+    """What a soak found; scrape times in seconds."""
+
+    replacements: int
+    kills: int
+    answers: int
+    unanswered: int
+    scrapes: int
+    scrapes_unanswered: int
+    files_before: int
+    files_after: int
+    scrape_before: float
+    scrape_after: float
+
+
+def soak(service: Service, url: str, replacements: int) -> Report:
+    """Replace workers by SIGKILL, HUP and max_requests until `replacements` have been made.
+
+    Meanwhile clients sign up, and every scrape must parse and no counter go backwards. At the end
+    what the service counted is compared with what the clients and the table saw. A request that a
+    killed worker was at gets no answer, yet may be counted, and its row committed: so they differ
+    by at most the requests without an answer, and those are at most CLIENTS for each kill.
+    """
+    chance = random.Random(1)
+    _reload(service)  # from here on, old and new workers together are not more than before
+    files, duration = _count_files(service), scrape_time(service)
+    start = service.boots()
+    kills = 0
+    with Load(service, CLIENTS) as load, Scraper(service, SCRAPERS) as scraper:
+        while service.boots() - start < replacements:
+            if chance.random() < 0.3:
+                _reload(service)
+            else:
+                os.kill(chance.choice(service.worker_pids()), signal.SIGKILL)
+                kills += 1
+                wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+            answered = service.answers.total()
+            wait_until(lambda: service.answers.total() > answered + 50)  # noqa: B023
+    report = Report(
+        replacements=service.boots() - start,
+        kills=kills,
+        answers=service.answers.total(),
+        unanswered=load.unanswered.total(),
+        scrapes=scraper.count,
+        scrapes_unanswered=scraper.unanswered,
+        files_before=files,
+        files_after=_count_files(service),
+        scrape_before=duration,
+        scrape_after=scrape_time(service),
+    )
+    _check(service, url, report)
+    return report
+
+
+def _check(service: Service, url: str, report: Report) -> None:
+    assert report.unanswered <= report.kills * CLIENTS
+    assert report.scrapes_unanswered <= report.kills * SCRAPERS
+    now = service.quiet_metrics()
+    counted = {s: now.total("signup_requests_total", status_code=str(s)) for s in service.answers}
+    for status, answers in service.answers.items():
+        assert answers <= counted[status] <= answers + report.unanswered
+    total = now.total("signup_requests_total")
+    assert report.answers <= total <= report.answers + report.unanswered
+    # The duration is counted first, then the request: a kill may come between the two.
+    assert total <= now.total("signup_request_duration_seconds_count") <= total + report.unanswered
+    rows = execute(url, "SELECT count(*) FROM users")[0][0]
+    assert counted[201] <= rows <= counted[201] + report.unanswered
+
+
+def _reload(service: Service) -> None:
+    started = service.boots()
+    service.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: service.boots() >= started + WORKERS)
+    wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+
+
+def _count_files(service: Service) -> int:
+    return len(list(service.metrics_folder().glob("*.db")))
+
+
+def main(replacements: int) -> None:
+    """Print what `replacements` did, with slots and with a set of files for each process id."""
+    reports = {}
+    with Postgres() as postgres:
+        for name, options in (("slot", []), ("process id", ["--config", PID_FILES])):
+            url = postgres.new_database()
+            with Service(
+                "--max-requests=300", *options, DATABASE_URL=url, WEB_CONCURRENCY=str(WORKERS)
+            ) as service:
+                reports[name] = soak(service, url, replacements)
+    print("files kept for each", *(f"{name:>12}" for name in reports), sep="  ")
+    for figure in fields(Report):
+        values = (getattr(report, figure.name) for report in reports.values())
+        print(f"{figure.name:<19}", *(f"{value:12.6g}" for value in values), sep="  ")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,105 @@
+"""Clients that sign up and a scraper that watches, in the background of a `with` block."""
+
+import threading
+import time
+from collections import Counter
+from statistics import median
+from typing import Any
+
+import requests
+
+from .service import Samples, Service
+
+
+class Background:
+    """Threads that repeat `step` until the block ends; an error in one of them fails the block."""
+
+    def __init__(self, threads: int) -> None:
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> Any:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _run(self, number: int) -> None:
+        try:
+            with requests.Session() as session:
+                for turn in range(10**9):
+                    if self._stop.is_set():
+                        return
+                    self.step(session, number, turn)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        raise NotImplementedError
+
+
+class Load(Background):
+    """Signups over connections that are kept alive: of ten, eight good, one bad, one a duplicate.
+
+    `acknowledged` are the emails that got a 201, `unanswered` counts what got no HTTP answer.
+    """
+
+    def __init__(self, service: Service, clients: int = 8, name: str = "load") -> None:
+        super().__init__(clients)
+        self._service = service
+        self._name = name
+        self.acknowledged: list[str] = []
+        self.unanswered: Counter[str] = Counter()
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        email = f"{self._name}-{number}-{turn - (turn % 10 == 9)}@example.com"
+        body = {"email": "bad" if turn % 10 == 5 else email, "first_name": "A", "last_name": "B"}
+        try:
+            if self._service.signup(session=session, json=body).status_code == 201:
+                self.acknowledged.append(email)
+        except requests.RequestException as error:
+            self.unanswered[repr(error)] += 1
+
+
+class Scraper(Background):
+    """Scrapes, each over a new connection; every one must parse, and no counter go backwards.
+
+    `count` are those that were answered, `unanswered` those whose worker was killed meanwhile.
+    """
+
+    def __init__(self, service: Service, scrapers: int = 1) -> None:
+        super().__init__(scrapers)
+        self._service = service
+        self._last: dict[int, Samples] = {}
+        self.count = 0
+        self.unanswered = 0
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        try:
+            samples = self._service.metrics(openmetrics=turn % 2 == 1)
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            self.unanswered += 1
+            return
+        for key, value in self._last.get(number, Samples()).items():
+            if key[0].endswith(("_total", "_count", "_bucket", "_sum")):
+                assert samples[key] >= value, (key, value, samples[key])
+        self._last[number] = samples
+        self.count += 1
+
+
+def scrape_time(service: Service, times: int = 50) -> float:
+    """The median duration of a scrape in seconds, over one connection."""
+    durations = []
+    with requests.Session() as session:
+        for _ in range(times):
+            started = time.perf_counter()
+            session.get(service.url + "/metrics", timeout=30).raise_for_status()
+            durations.append(time.perf_counter() - started)
+    return median(durations)
