@@ -139,7 +139,8 @@ def proc_kilobytes(pid: int, name: str) -> int:
 def test_a_named_folder_loses_only_its_metrics(url: str, tmp_path: Path) -> None:
     (tmp_path / "counter_7.db").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
-    named = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    named = {"DATABASE_URL": url, "WEB_CONCURRENCY": "1"} | folder
     with Service(**named) as service:
         assert service.metrics_folder() == tmp_path
         assert not (tmp_path / "counter_7.db").exists()
