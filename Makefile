@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint soak clean
+.PHONY: help run test lint soak drill clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -22,6 +22,9 @@ lint: $(READY) ## Style and types
 
 soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
 	$(BIN)/python -m benchmarks.soak 200
+
+drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
+	$(BIN)/python -m benchmarks.drill
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -6,7 +6,6 @@ workers run the same: HUP replaces the workers, and new code needs USR2 or a res
 
 import atexit
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -17,18 +16,21 @@ from typing import Any
 
 from psycopg2.extensions import parse_dsn
 
-from signup import database, slots
+from signup import database, logs, slots
 from signup.config import Config, ConfigError
+from signup.worker import Worker
 
 try:
     settings = Config.from_env()
 except ConfigError as error:
     sys.exit(str(error))
 
+logs.configure(settings.log_level)
+
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.workers
 threads = settings.threads
-worker_class = "gthread"
+worker_class = Worker  # gunicorn's gthread, with threads that don't wait for slow clients
 # Each worker must make its metrics and connections itself, after the fork.
 preload_app = False
 # One queue of connections for all workers: with a queue each, a worker that ends resets the
@@ -43,6 +45,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else Non
 control_socket_disable = True
 # No header may replace the path that is matched and counted, not even one from this machine.
 forwarder_headers = ""
+logger_class = logs.GunicornLogger
 loglevel = settings.log_level
 proc_name = "signup"
 
@@ -51,12 +54,9 @@ ENDINGS = {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 def on_starting(server: Any) -> None:
     """Before the first worker: a metrics folder, a database with its schema."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn sets its own handlers
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    os.environ["WEB_CONCURRENCY"] = str(
-        server.cfg.workers
-    )  # `gunicorn --workers` has the last word
+    os.environ["WEB_CONCURRENCY"] = str(server.cfg.workers)  # --workers has the last word
     try:
         folder = slots.Folder(settings.metrics_dir)
         _at_exit(folder.remove)
@@ -98,6 +98,11 @@ def post_fork(server: Any, worker: Any) -> None:
     slots.use(worker.slot)
 
 
+def post_worker_init(worker: Any) -> None:
+    """In the worker, once it has loaded the application."""
+    worker.retire = worker.wsgi.extensions["database"].pool.retire
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """In the master, once a worker is reaped, however it died."""
     slots.release(worker.slot, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
@@ -105,7 +110,7 @@ def child_exit(server: Any, worker: Any) -> None:
 
 def _quit(*_: object) -> None:
     for number in ENDINGS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # SIG_IGN would print an error for a pending one
     sys.exit(0)
 
 

@@ -2,7 +2,7 @@
 
 from flask import Flask
 
-from . import database, metrics, views
+from . import database, logs, metrics, views
 from .config import Config
 
 
@@ -17,6 +17,7 @@ def create_app(config: Config | None = None) -> Flask:
     # One byte more, since werkzeug cuts a chunked body off there without a word: see views.
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes + 1
     app.url_map.merge_slashes = False  # //signup is another path: 404, not a redirect
+    logs.init_app(app, config)
     metrics.init_app(app, config)
     database.init_app(app, config)
     views.init_app(app)

@@ -1,32 +1,24 @@
-"""PostgreSQL: the pool of one worker, the insert, and the schema.
-
-psycopg2's pool raises when it is exhausted, connects while it holds its lock, closes what comes
-back beyond minconn, and hands out connections that the server has closed. `Pool` answers all four.
-"""
+"""PostgreSQL: the schema, the insert, and the check whether it answers."""
 
 import contextlib
-import functools
 import logging
-import select
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import monotonic, sleep
 from typing import Any
 
 import psycopg2
 from flask import Flask
-from psycopg2 import extensions
-from psycopg2.pool import ThreadedConnectionPool
 
 from . import slots
 from .config import Config, ConfigError
 from .metrics import Metrics
+from .pool import Budget, Pool, connect
 from .validation import Signup
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-START_TIMEOUT = 30.0  # seconds that a start waits for the database
+START_TIMEOUT = 15.0  # seconds that a start waits for the database
 READY_TIMEOUT = 1.0  # seconds for each step of a readiness check; there are two
 # The server ends a statement at DATABASE_STATEMENT_TIMEOUT and says so; the client gives up
 # this many seconds later, which only a server that is paused or cut off makes it do.
@@ -46,125 +38,8 @@ class DuplicateEmail(Exception):
     """The email is registered already, in this or another letter case."""
 
 
-class PoolTimeout(Exception):
-    """No connection came free in time."""
-
-
 class Unavailable(Exception):
     """The service can't start, since the database can't be used; the message says why."""
-
-
-class Connection(extensions.connection):
-    """A connection whose every wait ends at `deadline` (of time.monotonic)."""
-
-    def __init__(self, dsn: str, *, deadline: float) -> None:
-        self.deadline = deadline
-        super().__init__(dsn)
-
-
-def _wait(connection: Connection) -> None:
-    # libpq has no time limit for a statement on the client's side: without this one a paused
-    # server would hold a thread forever. What is raised here closes the connection.
-    while (state := connection.poll()) != extensions.POLL_OK:
-        poller = select.poll()
-        poller.register(
-            connection.fileno(),
-            select.POLLIN if state == extensions.POLL_READ else select.POLLOUT,
-        )
-        if not poller.poll(max(0.0, connection.deadline - monotonic()) * 1000):
-            raise psycopg2.OperationalError("the database did not answer in time")
-
-
-extensions.set_wait_callback(_wait)
-
-
-def connect(config: Config, deadline: float) -> Connection:
-    """A new connection in autocommit mode: one statement is one transaction, one round trip.
-
-    Raises psycopg2.Error when the database refuses, or does not answer before `deadline`.
-    """
-    assert config.database_url is not None
-    own = extensions.parse_dsn(config.database_url).get("options", "")
-    timeout = round(config.database_statement_timeout * 1000)
-    connection: Connection = psycopg2.connect(
-        config.database_url,
-        connection_factory=functools.partial(Connection, deadline=deadline),
-        application_name="signup",
-        client_encoding="UTF8",
-        options=f"-c timezone=UTC -c statement_timeout={timeout} {own}",
-    )
-    connection.autocommit = True
-    return connection
-
-
-class Pool(ThreadedConnectionPool):
-    """At most `size` connections, opened when needed and then kept."""
-
-    # psycopg2's own, which its type stubs leave out.
-    _lock: threading.Lock
-    _pool: list[Connection]  # the idle ones
-    _used: dict[int, Connection]  # by a key,
-    _rused: dict[int, int]  # and the key by the connection's id
-
-    def __init__(self, config: Config, size: int, metrics: Metrics) -> None:
-        super().__init__(0, size)
-        self.minconn = size  # putconn closes what comes back beyond minconn
-        self._config = config
-        self._metrics = metrics
-        self._permits = threading.BoundedSemaphore(size)
-
-    @contextlib.contextmanager
-    def connection(self, timeout: float) -> Iterator[Connection]:
-        """A live connection, for as long as the block runs; waits `timeout` seconds at most.
-
-        Raises PoolTimeout, or psycopg2.Error when a connection can't be opened.
-        """
-        started = perf_counter()
-        deadline = monotonic() + timeout
-        acquired = self._permits.acquire(timeout=timeout)
-        self._metrics.pool_wait.observe(perf_counter() - started)
-        if not acquired:
-            self._metrics.pool_timeouts.inc()
-            raise PoolTimeout
-        try:
-            connection = self._idle() or self._open(deadline)
-            try:
-                yield connection
-            finally:
-                self.putconn(connection)  # discards one that is closed
-        finally:
-            self._permits.release()
-
-    def usage(self) -> dict[str, int]:
-        """The number of connections in each state."""
-        with self._lock:
-            in_use, idle = len(self._used), len(self._pool)
-        return {"in_use": in_use, "idle": idle, "open": in_use + idle}
-
-    def _idle(self) -> Connection | None:
-        while True:
-            with self._lock:
-                if not self._pool:
-                    return None
-                connection = self._pool.pop()
-                self._lend(connection)
-            # Nothing is due from an idle server, so what there is to read is its farewell.
-            poller = select.poll()
-            poller.register(connection.fileno(), select.POLLIN)
-            if not poller.poll(0):
-                return connection
-            self.putconn(connection, close=True)
-
-    def _open(self, deadline: float) -> Connection:
-        connection = connect(self._config, deadline)  # without the lock: it may take long
-        with self._lock:
-            self._lend(connection)
-        return connection
-
-    def _lend(self, connection: Connection) -> None:
-        key = id(connection)
-        self._used[key] = connection
-        self._rused[key] = key
 
 
 class Database:
@@ -179,7 +54,11 @@ class Database:
         self._config = config
         self._metrics = metrics
         share, rest = divmod(config.database_max_connections, config.workers)
-        self.pool = Pool(config, share + ((slots.current or 0) < rest), metrics)
+        budget = Budget(
+            config.database_max_connections,
+            config.metrics_dir and config.metrics_dir / "connections.lock",
+        )
+        self.pool = Pool(config, share + ((slots.current or 0) < rest), budget, metrics)
         threading.Thread(target=self._sample, name="pool-sampler", daemon=True).start()
 
     def insert_user(self, signup: Signup) -> dict[str, Any]:
@@ -240,9 +119,11 @@ def create_schema(config: Config) -> None:
             sleep(1)
 
 
-def describe(error: psycopg2.Error) -> str:
-    """The cause in one line, for the log; it has no password, and no value of a row."""
-    return f"{type(error).__name__}: {' '.join(str(error).split('DETAIL:')[0].split())}"
+def describe(error: Exception) -> str:
+    """The cause in one line for the log, without the parts that quote a row or the statement."""
+    text = isinstance(error, psycopg2.Error) and error.diag.message_primary
+    text = text or (str(error).strip() or "gone").splitlines()[0]
+    return f"{type(error).__name__}: {text}"
 
 
 def _rfc3339(time: datetime) -> str:

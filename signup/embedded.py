@@ -94,7 +94,7 @@ class EmbeddedPostgres:
                 env={},
                 stdout=output,
                 stderr=output,
-                **self._account(),
+                **self.account(),
             )
             if done.returncode:
                 output.seek(0)
@@ -106,7 +106,7 @@ class EmbeddedPostgres:
         new = self.home / "data.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
-        account = self._account()
+        account = self.account()
         if account:
             os.chown(new, account["user"], account["group"])
         # The builtin locale folds every letter's case, not only ASCII ones, on any system.
@@ -120,7 +120,7 @@ class EmbeddedPostgres:
         # What unix(7) allows, and what reads the same in a shell and in PostgreSQL's list.
         if len(path) > MAX_SOCKET_PATH or not re.fullmatch(r"[A-Za-z0-9_./-]+", path):
             folder = Path(tempfile.mkdtemp(prefix="signup-", dir="/tmp"))
-            account = self._account()
+            account = self.account()
             if account:
                 os.chown(folder, account["user"], account["group"])
         options = f"-c listen_addresses= -c unix_socket_directories={folder}"
@@ -136,7 +136,7 @@ class EmbeddedPostgres:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _account(self) -> dict[str, Any]:
+    def account(self) -> dict[str, Any]:
         """How subprocess runs PostgreSQL's programs: under root, as the owner of the data."""
         if os.geteuid() != 0:
             return {}

@@ -70,7 +70,7 @@ def _email(text: str) -> str:
 def _text(field: str, text: str, max_length: int) -> str:
     text = text.strip()
     label = field.replace("_", " ")
-    if not text.strip(_JOINERS):
+    if all(character.isspace() or character in _JOINERS for character in text):
         raise InvalidField(field, f"{label} is required")
     if len(text) > max_length:
         raise InvalidField(field, f"{label} must be at most {max_length} characters")

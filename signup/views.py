@@ -2,17 +2,22 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import psycopg2
 from flask import Blueprint, Flask, Response, current_app, g, request
+from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from .database import Database, DuplicateEmail, PoolTimeout, describe
+from .database import Database, DuplicateEmail, describe
+from .pool import PoolTimeout
 from .validation import InvalidBody, InvalidField, parse_signup
 
 bp = Blueprint("signup", __name__)
 log = logging.getLogger(__name__)
+
+OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
 
 
 def init_app(app: Flask) -> None:
@@ -22,7 +27,10 @@ def init_app(app: Flask) -> None:
 
 @bp.before_app_request
 def one_path_one_resource() -> None:
-    if request.environ["PATH_INFO"].startswith("//"):  # werkzeug would take it for one slash
+    # werkzeug would put a slash in front (`POST signup?:// HTTP/1.1`) or take two for one, and
+    # serve what is not counted.
+    path = request.environ["PATH_INFO"]
+    if not path.startswith("/") or path.startswith("//"):
         raise NotFound
 
 
@@ -30,8 +38,12 @@ def one_path_one_resource() -> None:
 @bp.route("/signup", methods=["POST"], provide_automatic_options=False)
 def signup() -> Response:
     body = request.get_data(cache=False)
-    if len(body) == current_app.config["MAX_CONTENT_LENGTH"]:
+    # What is missing of a body, werkzeug does not tell; the beginning of one may be JSON as well.
+    length = max(len(body), request.content_length or 0)
+    if length == current_app.config["MAX_CONTENT_LENGTH"]:
         raise RequestEntityTooLarge
+    if len(body) < length:
+        raise InvalidBody
     user = _database().insert_user(parse_signup(body))
     return _json({"message": "user created successfully", "user": user}, 201)
 
@@ -46,11 +58,17 @@ def healthz() -> Response:
     return _json({"status": "ok"})
 
 
+@bp.get("/openapi.json")
+def openapi() -> Response:
+    return Response(OPENAPI, mimetype="application/json")
+
+
 @bp.get("/readyz")
 def readyz() -> Response:
     try:
         _database().check()
-    except (psycopg2.Error, PoolTimeout):
+    except (psycopg2.Error, PoolTimeout) as error:
+        _log_fault(f"not ready: {describe(error)}")
         return _json({"status": "database unavailable"}, 503)
     return _json({"status": "ok"})
 
@@ -73,12 +91,13 @@ def duplicate_email(_: DuplicateEmail) -> Response:
 
 @bp.errorhandler(psycopg2.Error)
 def database_failed(error: psycopg2.Error) -> Response:
-    log.error("database: %s", describe(error))
+    _log_fault(describe(error))
     return _error(500, "database", "failed to create user")
 
 
 @bp.errorhandler(PoolTimeout)
-def busy(_: PoolTimeout) -> Response:
+def busy(error: PoolTimeout) -> Response:
+    _log_fault(describe(error))
     response = _error(503, "database", "service is busy, retry later")
     response.headers["Retry-After"] = "1"
     return response
@@ -101,9 +120,11 @@ def not_found(_: NotFound) -> Response:
     return _error(404, "", "not found")
 
 
+@bp.app_errorhandler(ParseException)
 @bp.app_errorhandler(HTTPException)
-def bad_request(_: HTTPException) -> Response:
-    # What else werkzeug raises is a request that it can't make sense of, or a body cut short.
+def bad_request(_: Exception) -> Response:
+    # What else werkzeug raises is a request that it can't make sense of, or a body cut short;
+    # gunicorn raises for chunks that break the rules, once the body is read.
     return _error(400, "invalid_json", "invalid request body")
 
 
@@ -111,6 +132,11 @@ def bad_request(_: HTTPException) -> Response:
 def internal(error: Exception) -> Response:
     log.exception("internal error")
     return _error(500, "internal", "internal server error")
+
+
+def _log_fault(cause: str) -> None:
+    if current_app.extensions["throttle"].allows(cause):
+        log.error("database: %s", cause)
 
 
 def _database() -> Database:

@@ -48,7 +48,8 @@ class Background:
 class Load(Background):
     """Signups over connections that are kept alive: of ten, eight good, one bad, one a duplicate.
 
-    `acknowledged` are the emails that got a 201, `unanswered` counts what got no HTTP answer.
+    `acknowledged` are the emails that got a 201, `unanswered` counts what got no HTTP answer, and
+    `slowest` is the longest that one waited for its answer, in seconds.
     """
 
     def __init__(self, service: Service, clients: int = 8, name: str = "load") -> None:
@@ -57,13 +58,16 @@ class Load(Background):
         self._name = name
         self.acknowledged: list[str] = []
         self.unanswered: Counter[str] = Counter()
+        self.slowest = 0.0
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         email = f"{self._name}-{number}-{turn - (turn % 10 == 9)}@example.com"
         body = {"email": "bad" if turn % 10 == 5 else email, "first_name": "A", "last_name": "B"}
+        started = time.perf_counter()
         try:
             if self._service.signup(session=session, json=body).status_code == 201:
                 self.acknowledged.append(email)
+            self.slowest = max(self.slowest, time.perf_counter() - started)
         except requests.RequestException as error:
             self.unanswered[repr(error)] += 1
 

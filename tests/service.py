@@ -20,8 +20,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from signup.config import Config
-from signup.database import connect
 from signup.embedded import EmbeddedPostgres, home_for
+from signup.pool import connect
 
 ROOT = Path(__file__).resolve().parent.parent
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
@@ -40,6 +40,14 @@ def wait_until(condition: Callable[[], Any], timeout: float = 30) -> Any:
     return result
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Postgres:
     """An embedded PostgreSQL of its own, gone after the `with` block."""
 
@@ -51,21 +59,61 @@ class Postgres:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.signal(signal.SIGCONT)
         self.server.stop()
         shutil.rmtree(self._folder)
 
     def new_database(self) -> str:
-        """The URL of an empty database."""
+        """The URL of an empty database, for a role that may just use it."""
         name = f"test_{time.monotonic_ns()}"
+        execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
         execute(self.url, f"CREATE DATABASE {name}")
-        return self.url.replace("/postgres?", f"/{name}?")
+        admin = self.url.replace("/postgres?", f"/{name}?")
+        execute(admin, f"GRANT CREATE ON SCHEMA public TO {name}")
+        return admin.replace("//postgres@", f"//{name}:right@")
+
+    def admin_url(self, url: str) -> str:
+        """The administrator's URL of the database that `url` names."""
+        return re.sub("//[^@]*@", "//postgres@", url)
+
+    def pids(self) -> list[int]:
+        """The server's main process, then its others; nothing where it doesn't run."""
+        with contextlib.suppress(FileNotFoundError):
+            main = int((self.server.data / "postmaster.pid").read_text().splitlines()[0])
+            others = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+            return [main, *map(int, others)]
+        return []
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the server."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def stop(self, mode: str = "fast") -> None:
+        self.server.run("pg_ctl", "-D", self.server.data, "-m", mode, "-w", "stop")
+
+    def restart(self) -> None:
+        """Start the server again after `stop`, or after it was killed."""
+        pids = self.pids()
+        wait_until(lambda: not any(map(is_alive, pids)))
+        self.server.stop()
+        assert self.server.start() == self.url
+
+
+@contextlib.contextmanager
+def session(url: str) -> Iterator[Any]:
+    """The cursor of a connection of its own, in autocommit mode."""
+    config = Config.from_env({"DATABASE_URL": url, "DATABASE_STATEMENT_TIMEOUT": "60"})
+    connection = connect(config, deadline=time.monotonic() + 600)
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("SET application_name = 'test'")
+        yield cursor
 
 
 def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
-    """Run `sql` in a connection of its own, and return the rows if there are any."""
-    config = Config.from_env({"DATABASE_URL": url, "DATABASE_STATEMENT_TIMEOUT": "60"})
-    connection = connect(config, deadline=time.monotonic() + 60)
-    with contextlib.closing(connection), connection.cursor() as cursor:
+    """Run `sql`, and return the rows if there are any."""
+    with session(url) as cursor:
         cursor.execute(sql)
         return cursor.fetchall() if cursor.description else []
 
@@ -73,9 +121,7 @@ def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
 @contextlib.contextmanager
 def locked_table(url: str) -> Iterator[None]:
     """While the block runs, whoever uses the table `users` waits."""
-    config = Config.from_env({"DATABASE_URL": url})
-    connection = connect(config, deadline=time.monotonic() + 600)
-    with contextlib.closing(connection), connection.cursor() as cursor:
+    with session(url) as cursor:
         cursor.execute("BEGIN; LOCK TABLE users")
         yield
 
@@ -167,7 +213,7 @@ class Service:
 
     def metric_files(self, pid: int) -> set[Path]:
         """The files of metrics that the worker `pid` has open."""
-        with contextlib.suppress(FileNotFoundError):  # it has ended
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended
             links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
             return {link for link in links if link.suffix == ".db"}
         return set()

@@ -16,7 +16,7 @@ import requests
 
 from signup.embedded import home_for
 
-from .service import Postgres, Service, execute, project_copy, wait_until
+from .service import Postgres, Service, execute, is_alive, project_copy, wait_until
 
 
 def guide_traffic() -> list[dict[str, str]]:
@@ -118,11 +118,3 @@ def test_no_server_is_left_when_the_port_is_taken() -> None:
 
 def server_pid(project: Path) -> int:
     return int((home_for(project) / "data" / "postmaster.pid").read_text().splitlines()[0])
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

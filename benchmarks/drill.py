@@ -1,0 +1,130 @@
+"""Breaks the database in every way of tests/faults.py under load, and prints what clients saw.
+
+`make drill` runs it, and then the durability drill: PostgreSQL is killed while clients sign up.
+"""
+
+import json
+import signal
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+
+from tests.faults import FAULTS
+from tests.load import Load
+from tests.service import Postgres, Service, execute, wait_until
+
+# Short, so that a drill is; the bound for an answer is their sum and a second.
+TIMEOUTS = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "1"}
+USER = {"first_name": "Ada", "last_name": "Lovelace"}
+
+
+@dataclass
+class Report:
+    """What one fault did; `slowest` and `recovery` in seconds."""
+
+    fault: str
+    answers: Counter[int]
+    slowest: float
+    readyz: int
+    healthz: int
+    causes: set[str]
+    recovery: float
+
+
+def fault_drill(
+    service: Service, postgres: Postgres, url: str, fault: str, failures: int
+) -> Report:
+    """Cause `fault` under load until `failures` requests have failed, and wait for the recovery.
+
+    Every failure must be counted as one of the database, every cause be logged, though at most
+    once a second, and what was acknowledged be in the table.
+    """
+    before, counted = service.answers.copy(), _database_errors(service)
+    logged = len(service.log())
+    with FAULTS[fault](postgres, url):
+        with Load(service, name=f"{fault.replace(' ', '-')}-{time.time_ns()}") as load:
+            wait_until(lambda: _failed(service.answers - before) >= failures, timeout=60)
+        readyz, healthz = (service.get(path).status_code for path in ("/readyz", "/healthz"))
+    answers = service.answers - before
+    ended = time.perf_counter()
+    wait_until(lambda: service.get("/readyz").status_code == 200)
+    wait_until(lambda: _signup_again(service))
+    recovery = time.perf_counter() - ended
+    assert not load.unanswered
+    assert _database_errors(service) - counted == _failed(service.answers - before)
+    causes = _check_causes(service.log()[logged:])
+    _check_acknowledged(postgres.admin_url(url), load.acknowledged)
+    return Report(fault, answers, load.slowest, readyz, healthz, causes, recovery)
+
+
+def durability_drill(
+    service: Service, postgres: Postgres, url: str, signups: int
+) -> tuple[int, int]:
+    """Kill PostgreSQL by SIGKILL under load, three times, until `signups` have been acknowledged.
+
+    Returns the numbers of acknowledged emails and of those that are not in the table.
+    """
+    with Load(service, name="durable") as load:
+        for goal in (signups // 3, signups * 2 // 3, signups):
+            wait_until(lambda: len(load.acknowledged) >= goal, timeout=300)  # noqa: B023
+            postgres.signal(signal.SIGKILL)
+            postgres.restart()
+    stored = {email for (email,) in execute(postgres.admin_url(url), "SELECT email FROM users")}
+    return len(load.acknowledged), len(set(load.acknowledged) - stored)
+
+
+def _failed(answers: Counter[int]) -> int:
+    return sum(count for status, count in answers.items() if status >= 500)
+
+
+def _signup_again(service: Service) -> bool:
+    email = f"again-{time.time_ns()}@example.com"
+    return service.signup(json=USER | {"email": email}).status_code == 201
+
+
+def _database_errors(service: Service) -> float:
+    return service.quiet_metrics().get_value("signup_errors_total", error_type="database")
+
+
+def _check_acknowledged(url: str, emails: list[str]) -> None:
+    stored = {email for (email,) in execute(url, "SELECT email FROM users")}
+    assert stored.issuperset(emails)
+
+
+def _check_causes(log: str) -> set[str]:
+    times = defaultdict(list)
+    for line in log.splitlines():
+        event = json.loads(line)
+        if event["message"].startswith("database: "):
+            times[event["message"]].append(datetime.fromisoformat(event["time"]))
+    for moments in times.values():
+        for one, next_one in pairwise(moments):
+            assert (next_one - one).total_seconds() > 0.9
+    assert times
+    return set(times)
+
+
+def main() -> None:
+    """Print a row for each fault, and the count of the durability drill."""
+    with Postgres() as postgres:
+        url = postgres.new_database()
+        with Service(DATABASE_URL=url, WEB_CONCURRENCY="2", **TIMEOUTS) as service:
+            print("fault                 answers                   slowest  readyz  recovery")
+            for fault in FAULTS:
+                report = fault_drill(service, postgres, url, fault, failures=200)
+                answers = ", ".join(f"{n} x {status}" for status, n in report.answers.items())
+                print(
+                    f"{fault:20}  {answers:24}  {report.slowest:5.2f} s  {report.readyz:6}"
+                    f"  {report.recovery:6.2f} s"
+                )
+                for cause in sorted(report.causes):
+                    print(f"  {cause}", flush=True)
+            acknowledged, missing = durability_drill(service, postgres, url, signups=2000)
+            present = acknowledged - missing
+            print(f"killed: acknowledged {acknowledged}, present {present}, missing {missing}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Logs: one JSON line an event on standard output, with no personal data and no secret in it.
+
+So no line has a request's body, query string, address or headers, nor any path but the service's
+own, since a client may write anything there.
+"""
+
+import fcntl
+import json
+import logging
+import re
+import sys
+import threading
+import traceback
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from uuid import uuid4
+
+from flask import Flask, Response, g, has_request_context, request
+from gunicorn import glogging
+
+from .config import Config
+
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
+PROBES = {"/healthz", "/readyz", "/metrics"}  # logged at level debug
+
+log = logging.getLogger("signup")
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of JSON: time (RFC 3339, UTC), level, message, the request's id, and what was added.
+
+    A caller adds with `extra={"event": {...}}`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "message": _message(record),
+        }
+        if has_request_context() and "request_id" in g:
+            line["request_id"] = g.request_id
+        line |= getattr(record, "event", {})
+        if record.exc_info:
+            line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line)
+
+
+def _message(record: logging.LogRecord) -> str:
+    message = record.getMessage()
+    # gunicorn's line goes on with the client's address and a quotation from its request.
+    return "invalid request" if message.startswith("Invalid request from ") else message
+
+
+def configure(level: str) -> None:
+    """Send all events from `level` up to standard output, as JSON."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class GunicornLogger(glogging.Logger):
+    """gunicorn's own events, on the same handler as ours."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+class Throttle:
+    """At most one line a second for each cause, over all workers that share `file`.
+
+    Who logs a cause holds a record lock on a byte of the file for that second.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file and file.open("w")  # never closed: that would drop all locks
+        self._held: set[int] = set()
+        self._lock = threading.Lock()
+
+    def allows(self, cause: str) -> bool:
+        """Whether `cause` may be logged now."""
+        place = zlib.crc32(cause.encode())
+        with self._lock:
+            if place in self._held:
+                return False
+            if self._file:
+                try:
+                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                except OSError:
+                    return False
+            self._held.add(place)
+        release = threading.Timer(1.0, self._release, [place])
+        release.daemon = True
+        release.start()
+        return True
+
+    def _release(self, place: int) -> None:
+        with self._lock:
+            self._held.remove(place)
+            if self._file:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+
+def init_app(app: Flask, config: Config) -> None:
+    """Give each request an id, and each answer that id and a line in the log."""
+    throttle = config.metrics_dir and config.metrics_dir / "log.lock"
+    app.extensions["throttle"] = Throttle(throttle)
+    paths: set[str] = set()
+
+    @app.before_request
+    def start() -> None:
+        given = request.headers.get("X-Request-ID", "")
+        g.request_id = given if SANE_ID.fullmatch(given) else uuid4().hex
+        g.received = perf_counter()
+
+    @app.after_request
+    def finish(response: Response) -> Response:
+        response.headers["X-Request-ID"] = g.request_id
+        if not paths:  # all routes are there only now
+            paths.update(rule.rule for rule in app.url_map.iter_rules())
+        path = request.environ["PATH_INFO"]
+        level = logging.DEBUG if path in PROBES else logging.INFO
+        if log.isEnabledFor(level):
+            event = {
+                "method": request.method if request.method in METHODS else "other",
+                "path": path if path in paths else "other",
+                "status": response.status_code,
+                "duration": round(perf_counter() - g.received, 6),
+            }
+            log.log(level, "request", extra={"event": event})
+        return response

@@ -1,0 +1,115 @@
+"""What can go wrong with a database, each as a block during which it does."""
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+from .service import Postgres, execute, locked_table
+
+Fault = Callable[[Postgres, str], contextlib.AbstractContextManager[None]]
+FILE_LIMIT = 17 * 2**20  # bytes; more than a file of the write-ahead log
+
+
+def end_connections(postgres: Postgres, url: str) -> None:
+    """End every connection to the database of `url`, as an administrator does."""
+    name = urlsplit(url).path[1:]
+    execute(
+        postgres.url,
+        f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'",
+    )
+
+
+@contextlib.contextmanager
+def stopped(postgres: Postgres, url: str) -> Iterator[None]:
+    postgres.stop()
+    try:
+        yield
+    finally:
+        postgres.restart()
+
+
+@contextlib.contextmanager
+def paused(postgres: Postgres, url: str) -> Iterator[None]:
+    postgres.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        postgres.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def locked(postgres: Postgres, url: str) -> Iterator[None]:
+    with locked_table(postgres.admin_url(url)):
+        yield
+
+
+@contextlib.contextmanager
+def _role_with(postgres: Postgres, url: str, change: str, back: str) -> Iterator[None]:
+    role = urlsplit(url).username
+    execute(postgres.url, f"ALTER ROLE {role} {change}")
+    end_connections(postgres, url)
+    try:
+        yield
+    finally:
+        execute(postgres.url, f"ALTER ROLE {role} {back}")
+        end_connections(postgres, url)
+
+
+def too_many_connections(postgres: Postgres, url: str) -> contextlib.AbstractContextManager[None]:
+    return _role_with(postgres, url, "CONNECTION LIMIT 0", "CONNECTION LIMIT -1")
+
+
+def read_only(postgres: Postgres, url: str) -> contextlib.AbstractContextManager[None]:
+    setting = "default_transaction_read_only"
+    return _role_with(postgres, url, f"SET {setting} = on", f"RESET {setting}")
+
+
+@contextlib.contextmanager
+def wrong_password(postgres: Postgres, url: str) -> Iterator[None]:
+    rules = postgres.server.data / "pg_hba.conf"
+    trust = rules.read_text()
+    rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+    execute(postgres.url, "SELECT pg_reload_conf()")
+    try:
+        with _role_with(postgres, url, "PASSWORD 'other'", "PASSWORD 'right'"):
+            yield
+    finally:
+        rules.write_text(trust)
+        execute(postgres.url, "SELECT pg_reload_conf()")
+
+
+@contextlib.contextmanager
+def disk_full(postgres: Postgres, url: str) -> Iterator[None]:
+    """No file may grow: what a full disk does, to the server's processes alone."""
+    admin = postgres.admin_url(url)
+    execute(
+        admin,
+        "INSERT INTO users (email, first_name, last_name) SELECT 'full' || n || '@example.com',"
+        " repeat('x', 99), repeat('y', 99) FROM generate_series(1, 80000) n",
+    )
+    end_connections(postgres, url)
+
+    def limit(size: int | str) -> None:  # inherited by the connections to come
+        command = ["prlimit", f"--pid={postgres.pids()[0]}", f"--fsize={size}:"]
+        subprocess.run(command, check=True, cwd="/", **postgres.server.account())
+
+    limit(FILE_LIMIT)
+    try:
+        yield
+    finally:
+        limit("unlimited")
+        end_connections(postgres, url)
+        execute(admin, "DELETE FROM users WHERE email LIKE 'full%'")
+
+
+FAULTS: dict[str, Fault] = {
+    "stopped": stopped,
+    "paused": paused,
+    "table locked": locked,
+    "too many connections": too_many_connections,
+    "wrong password": wrong_password,
+    "read-only": read_only,
+    "disk full": disk_full,
+}

@@ -1,0 +1,206 @@
+"""The database layer under faults: bounded waiting, clear errors, nothing lost, and recovery."""
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from shutil import which
+from urllib.parse import urlsplit
+
+import pytest
+
+from benchmarks.drill import TIMEOUTS, durability_drill, fault_drill
+
+from .faults import FAULTS, end_connections
+from .load import Load
+from .service import (
+    GUNICORN,
+    ROOT,
+    Postgres,
+    Service,
+    execute,
+    locked_table,
+    session,
+    wait_until,
+)
+
+USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+
+
+def user(name: str) -> dict[str, str]:
+    return USER | {"email": f"{name}@example.com"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    """A PostgreSQL that tests may break."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server: Postgres) -> str:
+    return server.new_database()
+
+
+@pytest.fixture(scope="module")
+def fragile(url: str) -> Iterator[Service]:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2", WEB_THREADS="8", **TIMEOUTS) as service:
+        wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+        yield service
+
+
+def connections(server: Postgres, url: str) -> set[int]:
+    """The server's processes for the service's connections to the database of `url`."""
+    name = urlsplit(url).path[1:]
+    rows = execute(
+        server.url,
+        "SELECT pid FROM pg_stat_activity"
+        f" WHERE datname = '{name}' AND application_name = 'signup'",
+    )
+    return {pid for (pid,) in rows}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_answered_counted_logged_and_survived(
+    server: Postgres, url: str, fragile: Service, fault: str
+) -> None:
+    if fault == "disk full" and not which("prlimit"):
+        pytest.skip("needs the program prlimit (util-linux)")
+    report = fault_drill(fragile, server, url, fault, failures=30)
+    assert report.answers.keys() <= {201, 400, 409, 500, 503}
+    assert report.healthz == 200
+    answering = fault in ("table locked", "read-only", "disk full")
+    assert report.readyz == (200 if answering else 503)
+
+
+def test_what_was_acknowledged_survives_a_kill(
+    server: Postgres, url: str, fragile: Service
+) -> None:
+    acknowledged, missing = durability_drill(fragile, server, url, signups=300)
+    assert acknowledged >= 300
+    assert missing == 0
+
+
+@pytest.mark.parametrize("how", ["restart", "terminate"])
+def test_the_first_request_after_lost_connections_is_stored(
+    server: Postgres, url: str, fragile: Service, how: str
+) -> None:
+    with ThreadPoolExecutor(8) as executor, locked_table(server.admin_url(url)):
+        requests = [executor.submit(fragile.signup, json=user(f"{how}{n}")) for n in range(8)]
+        wait_until(lambda: len(connections(server, url)) >= 4)
+    assert [request.result().status_code for request in requests] == [201] * 8
+    if how == "restart":
+        server.stop()
+        server.restart()
+    else:
+        end_connections(server, url)
+    for n in range(16):
+        assert fragile.signup(json=user(f"{how}-again{n}")).status_code == 201
+
+
+def test_a_statement_of_unknown_fate_is_not_repeated(
+    server: Postgres, url: str, fragile: Service
+) -> None:
+    with ThreadPoolExecutor(1) as executor, locked_table(server.admin_url(url)):
+        request = executor.submit(fragile.signup, json=user("unknown"))
+        wait_until(lambda: fragile.metrics().get_value("signup_requests_in_flight"))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        wait_until(lambda: execute(server.url, waiting) == [(1,)])
+        end_connections_but_the_lock(server, url)
+        assert request.result().status_code == 500
+        assert request.result().json() == {"error": "failed to create user"}
+    assert execute(url, "SELECT 1 FROM users WHERE email = 'unknown@example.com'") == []
+
+
+def end_connections_but_the_lock(server: Postgres, url: str) -> None:
+    for pid in connections(server, url):
+        role = urlsplit(url).username
+        execute(
+            server.url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE pid = {pid} AND usename = '{role}'",
+        )
+
+
+def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
+    url = server.new_database()
+    with Service(
+        DATABASE_URL=url,
+        WEB_CONCURRENCY="2",
+        WEB_THREADS="8",
+        DATABASE_MAX_CONNECTIONS="5",
+    ) as service:
+        most = 0
+        with Load(service, clients=12) as load:
+            wait_until(lambda: service.answers.total() > 200)
+            first = connections(server, url)
+            wait_until(lambda: service.answers.total() > 500)
+            assert connections(server, url) == first  # none was closed and opened again
+            service.process.send_signal(signal.SIGHUP)  # old and new workers at once
+            while service.boots() < 4 or service.answers.total() < 1000:
+                most = max(most, len(connections(server, url)))
+        assert not load.unanswered
+        assert service.answers.keys() == {201, 400, 409}
+        assert 2 <= most <= 5
+        wait_until(
+            lambda: (
+                service.metrics().get_value("database_connections", state="open")
+                == len(connections(server, url))
+            )
+        )
+        now = service.quiet_metrics()
+        waits = now.get_value("database_pool_wait_seconds_count")
+        assert waits == now.get_value(
+            "database_query_duration_seconds_count", operation="insert_user"
+        )
+
+
+def test_a_slow_connect_holds_up_nobody_who_can_have_an_idle_connection(server: Postgres) -> None:
+    url = server.new_database()
+    with (
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_STATEMENT_TIMEOUT="30") as service,
+        session(server.url) as admin,
+        ThreadPoolExecutor(2) as executor,
+    ):
+        assert service.signup(json=user("warm")).status_code == 201
+        with locked_table(server.admin_url(url)):
+            first = executor.submit(service.signup, json=user("first"))
+            wait_until(lambda: service.metrics().get_value("database_connections", state="in_use"))
+            try:
+                # A connect now takes longer than DATABASE_POOL_TIMEOUT allows.
+                admin.execute("ALTER SYSTEM SET pre_auth_delay = 10")
+                admin.execute("SELECT pg_reload_conf()")
+                second = executor.submit(service.signup, json=user("second"))
+                wait_until(lambda: service.metrics().get_value("signup_requests_in_flight") == 2)
+            finally:
+                admin.execute("ALTER SYSTEM RESET pre_auth_delay")
+                admin.execute("SELECT pg_reload_conf()")
+        assert first.result().status_code == 201
+        assert second.result().status_code == 201
+
+
+def test_a_start_waits_for_the_database(server: Postgres) -> None:
+    url = server.new_database()
+    server.stop()
+    restart = threading.Timer(2, server.restart)
+    restart.start()
+    with Service(DATABASE_URL=url) as service:
+        assert "waiting for the database" in service.log()
+        assert service.get("/readyz").status_code == 200
+    restart.join()
+
+
+def test_a_start_gives_up_with_a_clear_line() -> None:
+    url = "postgresql://signup:s3cret@127.0.0.1:1/signup"
+    command = [*GUNICORN, "--bind=127.0.0.1:0", "app:app"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={"DATABASE_URL": url}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "the database can't be used: OperationalError: Connection refused"
+    ]
+    assert "waiting for the database" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr
