@@ -1,0 +1,114 @@
+"""signup/openapi.json says what the service does: no endpoint and no answer is missing in it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import requests
+import schemathesis
+from schemathesis.config import (
+    GenerationConfig,
+    ProjectConfig,
+    ProjectsConfig,
+    SchemathesisConfig,
+)
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+import signup
+from signup import create_app
+from signup.config import Config
+
+from .service import OPENMETRICS, Service, execute
+
+DOCUMENT: dict[str, Any] = json.loads(Path(signup.__file__).with_name("openapi.json").read_text())
+USER = DOCUMENT["paths"]["/signup"]["post"]["requestBody"]["content"]["*/*"]["example"]
+
+# The same requests in every run; max_examples is for each endpoint, beside the systematic ones.
+GENERATION = GenerationConfig(max_examples=50, deterministic=True, database="none")
+PROJECT = ProjectConfig(generation=GENERATION, request_timeout=30)
+API = schemathesis.openapi.from_dict(
+    DOCUMENT, config=SchemathesisConfig(projects=ProjectsConfig(default=PROJECT))
+)
+
+
+def test_it_is_an_openapi_document() -> None:
+    OPENAPI_31_VALIDATOR.validate(DOCUMENT)  # the OpenAPI Initiative's own schema
+
+
+def test_its_examples_are_right() -> None:
+    def check(node: Any) -> int:
+        if isinstance(node, list):
+            return sum(map(check, node))
+        if not isinstance(node, dict):
+            return 0
+        values = [example["value"] for example in node.get("examples", {}).values()]
+        values += [node["example"]] if "example" in node else []
+        schema = {"components": DOCUMENT["components"], **node.get("schema", {})}
+        for value in values:
+            jsonschema_rs.validate(schema, value, validate_formats=True)
+        return len(values) + sum(map(check, node.values()))
+
+    assert check(DOCUMENT) > 20
+
+
+def test_it_has_every_endpoint_and_no_other(database_url: str) -> None:
+    app = create_app(Config.from_env({"DATABASE_URL": database_url}))
+    implied = {"HEAD", "OPTIONS"}  # of Flask, wherever GET is
+    served = {
+        (rule.rule, method) for rule in app.url_map.iter_rules() for method in rule.methods or ()
+    }
+    documented = {
+        (path, method.upper()) for path, item in DOCUMENT["paths"].items() for method in item
+    }
+    assert {(path, method) for path, method in served if method not in implied} == documented
+
+
+def test_it_is_served(service: Service) -> None:
+    response = service.get("/openapi.json")
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.json() == DOCUMENT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_answer_is_counted(service: Service, database_url: str) -> Iterator[None]:
+    yield
+    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+
+
+@API.parametrize()
+def test_no_answer_is_beside_it(case: schemathesis.Case, service: Service) -> None:
+    response = case.call(base_url=service.url)
+    if case.formatted_path == "/signup":
+        service.answers[response.status_code] += 1
+    # A JSON schema can't say all that makes an email or a name: some that fit it are refused.
+    case.validate_response(response, excluded_checks=[positive_data_acceptance])
+
+
+def test_answers_that_are_rare(service: Service, database_url: str) -> None:
+    execute(database_url, "ALTER TABLE users RENAME TO elsewhere")
+    try:
+        failed = service.signup(json=USER)
+    finally:
+        execute(database_url, "ALTER TABLE elsewhere RENAME TO users")
+    responses = [failed, service.signup(data=b" " * 16385), service.signup("PATCH")]
+    assert [response.status_code for response in responses] == [500, 413, 405]
+    for response in responses:
+        API["/signup"]["POST"].validate_response(response)
+    for path in ("/", "/healthz", "/readyz", "/metrics", "/openapi.json"):
+        response = requests.put(service.url + path, timeout=30)
+        assert response.status_code == 405
+        API[path]["GET"].validate_response(response)
+
+
+@pytest.mark.parametrize("accept", ["*/*", OPENMETRICS])
+def test_each_format_of_the_metrics(service: Service, accept: str) -> None:
+    case = API["/metrics"]["GET"].Case(headers={"Accept": accept})
+    response = case.call_and_validate(base_url=service.url)
+    assert response.headers["content-type"][0].split(";")[0] == (
+        "text/plain" if accept == "*/*" else "application/openmetrics-text"
+    )
