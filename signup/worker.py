@@ -6,6 +6,7 @@ to two seconds for each peer that is slow to close. Here a request gets a thread
 has arrived, and what comes before and after waits in the event loop, where it costs nothing.
 """
 
+import contextlib
 import io
 import re
 import socket
@@ -18,7 +19,9 @@ from time import monotonic
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from .config import Config
 
@@ -28,6 +31,8 @@ MAX_HEAD = 65536  # bytes of request line and headers; twice what nginx lets thr
 MAX_CHUNKS = 1024  # of a body; they are counted anew whenever some of it arrives
 
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE)
+EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
+BARE_LF = re.compile(rb"(?<!\r)\n")
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-f]{1,8})[^\r\n]*\r\n", re.IGNORECASE)
 
@@ -48,7 +53,9 @@ def arrival(data: bytes, max_body: int) -> Arrival:
     """
     end = data.find(b"\r\n\r\n")
     if end < 0:
-        return Arrival.HEAD_TOO_LARGE if len(data) > MAX_HEAD else Arrival.PARTIAL
+        if len(data) > MAX_HEAD:
+            return Arrival.HEAD_TOO_LARGE
+        return Arrival.WHOLE if BARE_LF.search(data) else Arrival.PARTIAL
     if len(data) > 2 * (MAX_HEAD + max_body):  # a chunk may have an extension of any length
         return Arrival.BODY_TOO_LARGE
     head, body = data[: end + 2], end + 4
@@ -78,6 +85,8 @@ def _chunks(data: bytes, position: int, max_body: int) -> Arrival:
         if total > max_body:
             return Arrival.BODY_TOO_LARGE
         position = line.end() + size + 2
+        if not b"\r\n".startswith(data[position - 2 : position]):
+            return Arrival.WHOLE
     return Arrival.BODY_TOO_LARGE
 
 
@@ -104,8 +113,14 @@ class Worker(ThreadWorker):
         elif conn.closing:
             self._wait(conn, CLOSE_TIMEOUT)
         else:
-            conn.arrival = arrival(conn.parser.unreader.buf.getvalue(), self._max_body)
+            data = conn.parser.unreader.buf.getvalue()
+            conn.arrival = arrival(data, self._max_body)
+            if conn.arrival is Arrival.BODY_TOO_LARGE:
+                conn.parser.unreader.chunk = _too_large
             if conn.arrival is Arrival.PARTIAL and received != b"":
+                if _asks(data):
+                    with contextlib.suppress(OSError):
+                        conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self._wait(conn, RECEIVE_TIMEOUT)
             else:
                 conn.deadline = None
@@ -118,6 +133,10 @@ class Worker(ThreadWorker):
             util.write_error(conn.sock, 431, "Request Header Fields Too Large", "")
             return False
         return super().handle(conn)
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        req._expected_100_continue = False  # the body is here, or is not wanted
+        return super().handle_request(req, conn)
 
     def finish_request(self, conn: Any, future: "Future[Any]") -> None:
         """In the event loop: keep the connection, or end it as RFC 9112, section 9.6, says."""
@@ -135,7 +154,10 @@ class Worker(ThreadWorker):
     def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
         # What is left of a request that did not come as a whole must not pass for the next one.
         whole = conn.arrival is Arrival.WHOLE
-        return whole and bool(super()._keepalive_after(conn, keepalive))
+        try:
+            return whole and bool(super()._keepalive_after(conn, keepalive))
+        except ParseException:  # in a body that nobody read; the answer to it has been sent
+            return False
 
     def _cap_keepalive(self, deadline: float) -> None:
         # The worker stops: what has not arrived by `deadline` will not be waited for either.
@@ -170,3 +192,15 @@ class Worker(ThreadWorker):
     def _close(self, conn: Any) -> None:
         self.nr_conns -= 1
         conn.close()
+
+
+def _asks(data: bytes) -> bool:
+    # Whether the client waits for 100 Continue (RFC 9110, section 10.1.1). gunicorn sends it once
+    # a thread has the request, and that has to wait for the body here.
+    head = data.find(b"\r\n\r\n") == len(data) - 4
+    return head and b" HTTP/1.1" in data.partition(b"\r\n")[0] and bool(EXPECTS.search(data))
+
+
+def _too_large(size_hint: int | None = None) -> bytes:
+    # Who reads on where a body is not waited for answers 413, however much has come by chance.
+    raise RequestEntityTooLarge

@@ -308,6 +308,10 @@ CHUNKS = {
     "size empty": (chunks(b"\r\n{}\r\n0\r\n\r\n"), INVALID),
     "size too small": (chunks(b"1\r\n{}\r\n0\r\n\r\n"), INVALID),
     "cut short by its size": (chunks(b"f" + CHUNKED), INVALID),
+    "size of 16 digits": (chunks(b"f" * 16 + b"\r\n{}"), TOO_LARGE),
+    "size wrong, and a wait": (chunks(b"1\r\n{}" + b" " * 100), INVALID),
+    "announced over the limit": (chunks(b"4001\r\n"), TOO_LARGE),
+    "announced far over it": (chunks(b"ffffffff\r\n{}"), TOO_LARGE),
     "bad extension": (chunks(b"2;a=\x01\r\n{}\r\n0\r\n\r\n"), INVALID),
     "bare CR in an extension": (chunks(b"2;a\rb\r\n{}\r\n0\r\n\r\n"), INVALID),
     "bare LF": (chunks(CHUNKED.replace(b"\r\n", b"\n")), INVALID),
@@ -326,6 +330,10 @@ CHUNKS = {
     "bad trailer": (chunks(CHUNKED[:-2] + b"rubbish\r\n\r\n"), INVALID),
     "200 trailers": (chunks(CHUNKED[:-2] + b"A: b\r\n" * 200 + b"\r\n"), INVALID),
     "over the limit": (chunks(b"4001\r\n" + b" " * 0x4001 + b"\r\n0\r\n\r\n"), TOO_LARGE),
+    "over the limit in small chunks": (
+        chunks(b"1\r\n \r\n" * (LIMIT + 1) + b"0\r\n\r\n"),
+        TOO_LARGE,
+    ),
     "far over the limit": (chunks(b"f4240\r\n" + b" " * 1_000_000 + b"\r\n0\r\n\r\n"), TOO_LARGE),
     "coding twice": (coding(b"chunked, chunked"), NOT_HTTP),
     "coding after chunked": (coding(b"chunked, gzip"), NOT_HTTP),
@@ -366,6 +374,10 @@ SMUGGLED = {  # a second request, which may be answered only where the first one
     "behind a bad line": (http(b"GET /signup") + HIDDEN, NOT_HTTP),
     "behind large headers": (get(b"X: " + b"x" * 100_000) + HIDDEN, LARGE_HEAD),
     "behind CONNECT": (http(b"CONNECT /signup HTTP/1.1") + HIDDEN, NOT_POST),
+    "bad chunks that nobody reads": (
+        http(b"GET / HTTP/1.1", b"Transfer-Encoding: chunked", body=b"zz\r\n\r\n" + HIDDEN),
+        WELCOME,
+    ),
     "in a header": (get(b"X: x\r\n\r\n" + HIDDEN), NOT_POST, WELCOME, NOT_HTTP),
 }
 HEADS = {
@@ -390,7 +402,7 @@ HEADS = {
     "NUL in a name": (get(b"X\0: x"), NOT_HTTP),
     "bare CR": (get(b"X: a\rb"), NOT_HTTP),
     "bare LF in a value": (get(b"X: a\nY: b"), NOT_HTTP),
-    "cut short by bare LFs": (b"GET /signup HTTP/1.1\nHost: x\n\n", NOT_HTTP),
+    "bare LFs": (b"GET /signup HTTP/1.1\nHost: x\n\n", NOT_HTTP),
     "escape in a value": (get(b"X: \x1b[2J"), NOT_HTTP),
     "two hosts": (get(b"Host: y"), NOT_HTTP),
     "two content types": (post(GOOD, b"Content-Type: a/b", b"Content-Type: c/d"), NOT_HTTP),
@@ -675,6 +687,23 @@ def test_all_bad_requests_at_once(service: Service) -> None:
         results = list(executor.map(send, CASES))
     for key, answers in zip(CASES, results, strict=True):
         check(service, answers, list(CASES[key][1:]))
+
+
+@pytest.mark.parametrize(("body", "status"), [(new_user(), 201), (b"x" * (LIMIT + 1), 413)])
+def test_a_client_that_waits_to_be_asked_for_the_body(
+    service: Service, body: bytes, status: int
+) -> None:
+    head, empty_line, _ = post(body, b"Expect: 100-continue").partition(b"\r\n\r\n")
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+        client.sendall(head + empty_line)
+        answer = client.recv(1000)
+        if status == 201:
+            assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(body)
+            answer = client.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    service.answers[status] += 1
 
 
 @pytest.mark.parametrize("key", FINE)
