@@ -86,9 +86,8 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker, before it loads the application."""
-    # gthread's own handler of INT and QUIT takes a lock that is not reentrant: with the second
-    # signal (Ctrl-C reaches every process of the terminal, and then the master sends QUIT), or
-    # one that interrupts the hand-over of a request, the worker hangs until it is killed.
+    # gthread's own handler of INT and QUIT takes a lock that is not reentrant: with a second
+    # signal, or one that interrupts the hand-over of a request, the worker hangs until killed.
     worker.handle_quit = _quit
     # Until gunicorn sets the worker's handlers, the master's would swallow what ends a worker.
     for number in ENDINGS:
@@ -108,9 +107,11 @@ def child_exit(server: Any, worker: Any) -> None:
     slots.release(worker.slot, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
 
 
-def _quit(*_: object) -> None:
-    for number in ENDINGS:
-        signal.signal(number, lambda *_: None)  # SIG_IGN would print an error for a pending one
+def _quit(number: int, _: object) -> None:
+    if number == signal.SIGINT:  # Ctrl-C reaches every process of the terminal;
+        return  # the master, which it reaches as well, sends QUIT
+    for ending in ENDINGS:
+        signal.signal(ending, lambda *_: None)  # SIG_IGN would print an error for a pending one
     sys.exit(0)
 
 
