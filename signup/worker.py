@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import Enum
@@ -97,6 +98,12 @@ class Worker(ThreadWorker):
         super().__init__(*args, **options)
         self._max_body = Config.from_env().max_body_bytes
         self.retire: Callable[[], None] = lambda: None  # called when the worker starts to stop
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """At the start: refuse TLS, whose handshake would wait in the event loop."""
+        if cfg.is_ssl:
+            sys.exit("certfile, keyfile: the service speaks plain HTTP; TLS belongs to the proxy")
 
     def enqueue_req(self, conn: Any) -> None:
         """In the event loop: `conn` is new, is readable, or has read ahead."""

@@ -1,6 +1,7 @@
 """Wrong settings stop the start with a line each; right ones are taken as they are."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,15 @@ def test_more_workers_than_connections_on_the_command_line(postgres: Postgres) -
     done = start("--workers=26", DATABASE_URL=postgres.url)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("WEB_CONCURRENCY: '26' is not allowed")
+
+
+def test_tls_is_left_to_the_proxy(postgres: Postgres, tmp_path: Path) -> None:
+    for name in ("cert", "key"):
+        (tmp_path / name).touch()
+    options = (f"--certfile={tmp_path / 'cert'}", f"--keyfile={tmp_path / 'key'}")
+    done = start(*options, DATABASE_URL=postgres.url)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("TLS belongs to the proxy")
 
 
 def test_a_metrics_folder_that_cant_be_written(postgres: Postgres) -> None:
