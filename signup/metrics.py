@@ -107,6 +107,12 @@ class Metrics:
             "Requests that got no database connection in time",
             registry=own,
         )
+        worker_starts = Counter(
+            "signup_worker_starts_total",
+            "Workers started since the service was; those that a reload starts count as well",
+            registry=own,
+        )
+        worker_starts.inc()
         self.registry.register(ServiceCollector(config))
         self.registry.register(ProcessCollector(slots.master()))
         if config.metrics_dir:

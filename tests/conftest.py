@@ -28,5 +28,5 @@ def service(database_url: str) -> Iterator[Service]:
         METRICS_SAMPLE_INTERVAL="0.05",
         DATABASE_STATEMENT_TIMEOUT="2",
     ) as service:
-        wait_until(lambda: service.metrics().get_value("signup_workers") == 4)
+        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 4)
         yield service

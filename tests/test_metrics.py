@@ -54,6 +54,7 @@ CONTRACT = {
     ("process_open_fds", None): [],
     ("process_start_time_seconds", None): [],
     ("signup_workers", None): [],
+    ("signup_worker_starts_total", None): [],
 }
 
 
@@ -73,7 +74,8 @@ def test_every_value_is_there_from_the_first_scrape(service: Service, openmetric
     samples = service.metrics(openmetrics)
     assert samples.keys() == set(expected())
     assert samples.get_value("database_connections_max") == 25
-    of_the_service = ("database_connections_max", "process_", "signup_workers")
+    assert samples.get_value("signup_worker_starts_total") == 4
+    of_the_service = ("database_connections_max", "process_", "signup_worker")
     others = [v for (name, _), v in samples.items() if not name.startswith(of_the_service)]
     assert set(others) == {0}
 

@@ -64,6 +64,7 @@ def test_live_workers_never_share_a_slot(url: str) -> None:
             assert len(set.union(*files)) == sum(map(len, files))
         assert request.result().status_code == 201
         wait_until(lambda: service.metrics().get_value("signup_workers") == 3)
+        assert service.metrics().get_value("signup_worker_starts_total") == 3 + 3
         service.check_equalities(rows(url))
 
 
