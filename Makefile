@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint soak drill clean
+.PHONY: help run test lint check-rules soak drill alert-drill clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -20,11 +20,23 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy signup app.py gunicorn.conf.py
 
+check-rules: ## The configuration and the rules of Prometheus and Alertmanager, and the rules' tests
+	@for program in promtool:prometheus amtool:prometheus-alertmanager; do \
+		command -v $${program%:*} >/dev/null || { \
+		echo "$${program%:*} is missing: apt-get install $${program#*:}" >&2; exit 1; }; done
+	promtool check config prometheus/prometheus.yml
+	promtool check rules prometheus/rules/*.yml
+	promtool test rules prometheus/tests/*.yml
+	amtool check-config prometheus/alertmanager.yml
+
 soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
 	$(BIN)/python -m benchmarks.soak 200
 
 drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
 	$(BIN)/python -m benchmarks.drill
+
+alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
+	$(BIN)/python -m benchmarks.alert_drill
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,275 @@
+"""Causes what the alerts are for, and waits for each alert in Alertmanager, and for its end.
+
+A real service under steady traffic, a real Prometheus with a copy of the rules, and a real
+Alertmanager. Thresholds are those of the rules; the times are short, as WAITS says. One alert is
+not caused, SignupSlowScrape: here, Prometheus gives up a scrape before it counts as slow.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from tests.faults import locked, stopped
+from tests.load import Background
+from tests.monitoring import Alertmanager, Prometheus
+from tests.service import Postgres, Service, locked_table, wait_until
+
+# Windows, offsets and waits of the rules, and how long they are here.
+WAITS = {
+    "1m": "1s",
+    "2m": "2s",
+    "3m": "3s",
+    "5m": "5s",
+    "10m": "10s",
+    "15m": "10s",
+    "30m": "10s",
+    "1h": "12s",
+    "6h": "20s",
+    "3d": "30s",
+    "30d": "60s",
+}
+INTERVAL = "250ms"  # of scrapes and evaluations; 15 s in reality
+CLIENTS = 40  # more than the pool has connections
+REQUESTS = 16  # a second
+
+
+@dataclass
+class Report:
+    """How long after its cause an alert was in Alertmanager, and after that ended, gone again.
+
+    In seconds.
+    """
+
+    alert: str
+    cause: str
+    fired: float
+    resolved: float
+
+
+def shorten(rules: str) -> str:
+    """The text of a file of rules with other times."""
+    durations = r"(\[|offset |for: |interval: )(\d+[smhd])\b"
+    return re.sub(durations, lambda found: found[1] + WAITS[found[2]], rules)
+
+
+class Traffic(Background):
+    """A steady stream of signups to the first replica.
+
+    `rate` is in requests a second; every other request has the email `every_other`, if it is set.
+    """
+
+    def __init__(self, replicas: list[Service]) -> None:
+        super().__init__(CLIENTS)
+        self._replicas = replicas
+        self.rate = REQUESTS
+        self.every_other: str | None = None
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        if not self.rate:
+            time.sleep(0.1)
+            return
+        time.sleep((CLIENTS if turn else number) / self.rate)
+        email = f"{number}-{turn}-{time.time_ns()}@example.com"
+        if self.every_other and turn % 2:
+            email = self.every_other
+        with contextlib.suppress(requests.RequestException):
+            body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
+            # Over a connection of its own, so that all workers get their share.
+            self._replicas[0].signup(json=body)
+
+    @contextlib.contextmanager
+    def changed(self, **settings: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in settings}
+        self.__dict__.update(settings)
+        yield
+        self.__dict__.update(before)
+
+
+class Lock(Background):
+    """Locks the table `users` for 2 s, and again and again."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(1)
+        self._url = url
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        with locked_table(self._url):
+            time.sleep(2)
+
+
+class Killer(Background):
+    """Kills every worker of `service` as soon as it has started."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(1)
+        self._service = service
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        for pid in self._service.worker_pids():
+            if self._service.metric_files(pid):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+class Drill:
+    """Two replicas of the service, with 4 workers and with one, and what watches them."""
+
+    def __enter__(self) -> "Drill":
+        with ExitStack() as stack:
+            self._postgres = stack.enter_context(Postgres())
+            self._url = self._postgres.new_database()
+            self.alertmanager = stack.enter_context(Alertmanager())
+            self._prometheus = stack.enter_context(Prometheus(INTERVAL, shorten, self.alertmanager))
+            self._services = stack.enter_context(ExitStack())
+            self._replicas: list[Service] = []
+            self._start()
+            self._traffic = stack.enter_context(Traffic(self._replicas))
+            steady = f"job:signup_requests:rate5m > {REQUESTS / 2}"
+            wait_until(lambda: self._prometheus.query(steady))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        """Start the service anew, on other ports."""
+        self._services.close()
+        self._replicas[:] = [
+            self._services.enter_context(
+                Service(
+                    DATABASE_URL=self._url,
+                    WEB_CONCURRENCY=workers,
+                    WEB_THREADS="64",
+                    METRICS_SAMPLE_INTERVAL="0.1",
+                    DATABASE_POOL_TIMEOUT="0.5",
+                    DATABASE_STATEMENT_TIMEOUT="3",
+                )
+            )
+            for workers in ("4", "1")
+        ]
+        self._scrape()
+
+    def _scrape(self, *others: str) -> None:
+        urls = [replica.url for replica in self._replicas]
+        self._prometheus.set_targets("signup-server", *urls, *others)
+
+    def causes(self) -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[str]]]:
+        """By its name, each cause as a block, and the alerts that have to fire during it."""
+        url, postgres, traffic = self._url, self._postgres, self._traffic
+        return {
+            "half of the input bad": (
+                lambda: traffic.changed(every_other="bad"),
+                ["SignupHighErrorRate", "SignupHighValidationErrors"],
+            ),
+            "half of the emails registered": (
+                lambda: traffic.changed(every_other="twice@example.com"),
+                ["SignupHighDuplicateEmails"],
+            ),
+            "database stopped": (
+                lambda: stopped(postgres, url),
+                [
+                    "SignupDatabaseErrors",
+                    "SignupHighServerErrors",
+                    "SignupAvailabilityBudgetBurnFast",
+                    "SignupAvailabilityBudgetBurnSlow",
+                ],
+            ),
+            "table locked, many clients": (
+                self._exhausted,
+                [
+                    "SignupDatabaseConnectionsHigh",
+                    "SignupDatabaseConnectionsElevated",
+                    "SignupDatabasePoolTimeouts",
+                ],
+            ),
+            "table locked for 2 s at a time": (
+                lambda: Lock(postgres.admin_url(url)),
+                [
+                    "SignupSlowDatabaseQueries",
+                    "SignupVerySlowDatabaseQueries",
+                    "SignupSlowLatency",
+                    "SignupVerySlowLatency",
+                    "SignupLatencyBudgetBurnFast",
+                    "SignupLatencyBudgetBurnSlow",
+                ],
+            ),
+            "four times the traffic": (
+                lambda: traffic.changed(rate=REQUESTS * 4),
+                ["SignupTrafficSpike"],
+            ),
+            "workers killed": (lambda: Killer(self._replicas[0]), ["SignupWorkerRestartLoop"]),
+            "another server in its place": (
+                lambda: self._scraped(self._prometheus.url),
+                ["SignupMetricsMissing"],
+            ),
+            "no more traffic": (lambda: traffic.changed(rate=0), ["SignupTrafficDrop"]),
+            "a replica stopped": (lambda: self._down(1), ["SignupInstanceDown"]),
+            "service stopped": (lambda: self._down(0, 1), ["SignupServiceDown"]),
+        }
+
+    @contextlib.contextmanager
+    def _exhausted(self) -> Iterator[None]:
+        with self._traffic.changed(rate=REQUESTS * 10), locked(self._postgres, self._url):
+            yield
+
+    @contextlib.contextmanager
+    def _scraped(self, other: str) -> Iterator[None]:
+        self._scrape(other)
+        yield
+        self._scrape()
+
+    @contextlib.contextmanager
+    def _down(self, *replicas: int) -> Iterator[None]:
+        for replica in replicas:
+            self._replicas[replica].stop()
+        yield
+        self._start()
+
+    def run(self, cause: str, alerts: list[str]) -> list[Report]:
+        """Cause it until these alerts are in Alertmanager, and wait for their end."""
+        block, _ = self.causes()[cause]
+        wait_until(lambda: not self._present(alerts), timeout=90)
+        fired, resolved = {}, {}
+        with block():
+            begin = time.monotonic()
+            while len(fired) < len(alerts):
+                for alert in wait_until(lambda: self._present(alerts) - fired.keys(), timeout=90):
+                    fired[alert] = time.monotonic() - begin
+        end = time.monotonic()
+        while len(resolved) < len(alerts):
+            present = wait_until(
+                lambda: {*alerts} - self._present(alerts) - resolved.keys(),
+                timeout=90,
+            )
+            for alert in present:
+                resolved[alert] = time.monotonic() - end
+        return [Report(alert, cause, fired[alert], resolved[alert]) for alert in alerts]
+
+    def _present(self, alerts: list[str]) -> set[str]:
+        return {*alerts} & self.alertmanager.alerts().keys()
+
+
+def main() -> None:
+    """Print a row for each alert."""
+    print(f"{'alert':34}{'caused how':34}{'fired after':>11}{'resolved after':>16}")
+    with Drill() as drill:
+        for cause, (_, alerts) in drill.causes().items():
+            for report in drill.run(cause, alerts):
+                print(
+                    f"{report.alert:34}{report.cause:34}{report.fired:9.1f} s"
+                    f"{report.resolved:14.1f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A real Prometheus and a real Alertmanager, for tests and drills."""
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from .service import ROOT, wait_until
+
+PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+    "amtool": "prometheus-alertmanager",
+}
+
+
+def program(name: str) -> str | None:
+    """Where the program is that Debian calls `name`."""
+    return shutil.which(name) or shutil.which(name.removeprefix("prometheus-"))
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test where one of these programs is missing, and says which."""
+    missing = [name for name in names if program(name) is None]
+    packages = " ".join(sorted({PACKAGES[name] for name in missing}))
+    return pytest.mark.skipif(
+        bool(missing), reason=f"missing: {', '.join(missing)} (apt-get install {packages})"
+    )
+
+
+class Program:
+    """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
+
+    def __enter__(self) -> Any:
+        self.folder = Path(tempfile.mkdtemp(prefix="signup-test-"))
+        try:
+            self.start()
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        name, *options = self.command()
+        self._log = self.folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(program(name)), *options], cwd=self.folder, stdout=log, stderr=log
+            )
+        try:
+            self.url = wait_until(self._address)
+            wait_until(lambda: requests.get(f"{self.url}/-/ready", timeout=10).ok)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+
+    def _address(self) -> str | None:
+        log = self._log.read_text()
+        assert self._process.poll() is None, log
+        found = re.search(r'msg="Listening on" address=(\S+)', log)
+        return found and f"http://{found[1]}"
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """What the API answers, as JSON."""
+        response = requests.get(self.url + path, params=parameters, timeout=30)
+        assert response.ok, response.text
+        return response.json()
+
+
+class Alertmanager(Program):
+    """Alertmanager with prometheus/alertmanager.yml."""
+
+    def command(self) -> list[str]:
+        return [
+            "prometheus-alertmanager",
+            f"--config.file={ROOT / 'prometheus/alertmanager.yml'}",
+            f"--storage.path={self.folder / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+            "--cluster.listen-address=",
+        ]
+
+    def alerts(self) -> dict[str, str]:
+        """The state of each alert: active, or suppressed by another one."""
+        return {
+            alert["labels"]["alertname"]: alert["status"]["state"]
+            for alert in self.get("/api/v2/alerts")
+        }
+
+
+class Prometheus(Program):
+    """Prometheus with prometheus/prometheus.yml, but for its targets and the time it takes.
+
+    It scrapes and evaluates each `interval`, a duration as Prometheus writes them. Without DNS,
+    the targets of each job are what `set_targets` says. `change` makes of the text of a file of
+    rules the one that is used, and `alertmanager` is where alerts go.
+    """
+
+    def __init__(
+        self,
+        interval: str,
+        change: Callable[[str], str],
+        alertmanager: Alertmanager | None = None,
+    ) -> None:
+        self._interval = interval
+        self._change = change
+        self._alertmanager = alertmanager
+
+    def command(self) -> list[str]:
+        return [
+            "prometheus",
+            f"--config.file={self._write_config()}",
+            f"--storage.tsdb.path={self.folder / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+        ]
+
+    def _write_config(self) -> Path:
+        config = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
+        for setting in ("scrape_interval", "scrape_timeout", "evaluation_interval"):
+            config["global"][setting] = self._interval
+        for file in (ROOT / "prometheus/rules").iterdir():
+            (self.folder / f"rules-{file.name}").write_text(self._change(file.read_text()))
+        config["rule_files"] = ["rules-*.yml"]
+        if self._alertmanager:
+            target = self._alertmanager.url.removeprefix("http://")
+            config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [target]}]}]
+        else:
+            del config["alerting"]
+        config["scrape_configs"] = [
+            {
+                "job_name": job["job_name"],
+                "file_sd_configs": [{"files": [f"{job['job_name']}.json"]}],
+            }
+            for job in config["scrape_configs"]
+        ]
+        path = self.folder / "prometheus.yml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def set_targets(self, job: str, *urls: str) -> None:
+        """Scrape these from now on."""
+        targets = [url.removeprefix("http://") for url in urls]
+        new = self.folder / "new"
+        new.write_text(json.dumps([{"targets": targets}]))
+        new.rename(self.folder / f"{job}.json")
+
+    def query(self, query: str, time: float | None = None) -> dict[str, float]:
+        """The instant vector's values by their labels' values, joined by commas.
+
+        `time` is that of the evaluation, in seconds since 1970. Raises AssertionError for a query
+        that Prometheus refuses.
+        """
+        parameters = {"query": query} | ({"time": time} if time else {})
+        result = self.get("/api/v1/query", **parameters)["data"]["result"]
+        return {
+            ",".join(v for k, v in sorted(sample["metric"].items()) if k != "__name__"): float(
+                sample["value"][1]
+            )
+            for sample in result
+        }
+
+    def load(self, samples: str) -> None:
+        """Add these samples of the past, in OpenMetrics format; Prometheus restarts for it."""
+        self.stop()
+        file = self.folder / "samples"
+        file.write_text(samples)
+        subprocess.run(
+            ["promtool", "tsdb", "create-blocks-from", "openmetrics", file, self.folder / "data"],
+            check=True,
+            capture_output=True,
+        )
+        self.start()

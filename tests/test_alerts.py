@@ -1,0 +1,59 @@
+"""Alerts on their way: from a real cause through Prometheus to Alertmanager, and what it mutes."""
+
+import requests
+import yaml
+
+from benchmarks.alert_drill import Drill
+
+from .monitoring import Alertmanager, needs
+from .service import ROOT, wait_until
+
+PAIRS = {  # of a warning and its critical sibling
+    "SignupSlowLatency": "SignupVerySlowLatency",
+    "SignupSlowDatabaseQueries": "SignupVerySlowDatabaseQueries",
+    "SignupDatabaseConnectionsElevated": "SignupDatabaseConnectionsHigh",
+    "SignupDatabaseErrors": "SignupHighServerErrors",
+    "SignupAvailabilityBudgetBurnSlow": "SignupAvailabilityBudgetBurnFast",
+    "SignupLatencyBudgetBurnSlow": "SignupLatencyBudgetBurnFast",
+}
+
+
+@needs("prometheus", "prometheus-alertmanager")
+def test_causes_fire_alerts_which_end_with_them() -> None:
+    """The short form of `make alert-drill`."""
+    with Drill() as drill:
+        for cause, alerts in {
+            "half of the input bad": ["SignupHighErrorRate"],
+            "database stopped": ["SignupHighServerErrors", "SignupDatabaseErrors"],
+            "service stopped": ["SignupServiceDown"],
+        }.items():
+            assert [report.alert for report in drill.run(cause, alerts)] == alerts
+
+
+@needs("prometheus-alertmanager")
+def test_what_says_less_is_suppressed() -> None:
+    """Warnings by their critical siblings, and everything by SignupServiceDown."""
+    files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
+    rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
+    severities = {rule["alert"]: rule["labels"]["severity"] for rule in rules if "alert" in rule}
+
+    def post(*alerts: str, job: str = "signup-server") -> None:
+        labels = {"service": "signup", "job": job}
+        body = [{"labels": labels | {"alertname": a, "severity": severities[a]}} for a in alerts]
+        requests.post(f"{alertmanager.url}/api/v2/alerts", json=body).raise_for_status()
+
+    def suppressed() -> set[str]:
+        return {name for name, state in alertmanager.alerts().items() if state == "suppressed"}
+
+    others = severities.keys() - {"SignupServiceDown"}
+    with Alertmanager() as alertmanager:
+        post(*PAIRS)
+        post(*PAIRS.values(), job="another")
+        assert alertmanager.alerts().keys() == {*PAIRS, *PAIRS.values()}
+        assert not suppressed()
+        post(*others)
+        wait_until(lambda: suppressed() == PAIRS.keys())
+        assert {severities[name] for name in PAIRS} == {"warning"}
+        assert {severities[name] for name in PAIRS.values()} == {"critical"}
+        post("SignupServiceDown")
+        wait_until(lambda: suppressed() == others)

@@ -1,0 +1,123 @@
+"""The rules and their promtool tests: that they pass, and that nothing is left out."""
+
+import re
+import subprocess
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import yaml
+
+from .monitoring import needs
+from .service import ROOT, Service
+
+PROMETHEUS = ROOT / "prometheus"
+GROUPS = [
+    group
+    for file in (PROMETHEUS / "rules").iterdir()
+    for group in yaml.safe_load(file.read_text())["groups"]
+]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+RECORDS = {rule["record"]: rule for rule in RULES if "record" in rule}
+TESTS = [
+    test
+    for file in (PROMETHEUS / "tests").iterdir()
+    for test in yaml.safe_load(file.read_text())["tests"]
+]
+
+
+def alerts_in(test: dict[str, Any]) -> list[tuple[str, bool]]:
+    """The alerts that a group of tests names, and whether it expects them to fire."""
+    return [(t["alertname"], "exp_alerts" in t) for t in test.get("alert_rule_test", [])]
+
+
+@needs("promtool", "amtool")
+def test_everything_passes_promtool_and_amtool() -> None:
+    done = subprocess.run(["make", "check-rules"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_its_tests() -> None:
+    expected = defaultdict(list)
+    for test in TESTS:
+        for alert, fires in alerts_in(test):
+            expected[alert, test["name"].partition(":")[0]].append(fires)
+    for alert, rule in ALERTS.items():
+        # Silent until the last moment of its `for`, and then firing.
+        assert expected[alert, "fires"][:2] == [False, True], alert
+        assert "for" in rule
+        assert expected[alert, "two replicas"][:2] == [False, True], alert
+        assert expected[alert, "below"], alert
+        assert not any(expected[alert, "below"]), alert
+        if re.search(r"rate|increase|_per_", rule["expr"]):  # it reads counters
+            assert expected[alert, "reset"][:2] == [False, True], alert
+    # No alert at all without traffic, nor when healthy replicas restart.
+    silent = {test["name"].partition(":")[0]: test for test in TESTS if "ALERTS" in str(test)}
+    assert silent.keys() == {"idle", "reset"}
+    for test in silent.values():
+        of_alerts = [t for t in test["promql_expr_test"] if "ALERTS" in t["expr"]]
+        assert [t.get("exp_samples") for t in of_alerts] == [None]
+
+
+def test_every_recording_rule_has_a_value_test() -> None:
+    tested = {
+        name
+        for test in TESTS
+        for check in test.get("promql_expr_test", [])
+        if any(sample["value"] for sample in check.get("exp_samples", []))
+        for name in re.findall(r"\w+:\w+:\w+", check["expr"])
+    }
+    assert tested == RECORDS.keys()
+
+
+def test_alerts_say_what_to_do() -> None:
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    for name, rule in ALERTS.items():
+        assert rule["labels"].keys() == {"severity", "service"}
+        assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+        assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+        assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
+        assert name in headings
+
+
+def test_rules_read_what_there_is(service: Service) -> None:
+    """Else an alert is one that can never fire."""
+    samples = service.metrics()
+    names = {name for name, _ in samples}
+    values = {value for _, labels in samples for value in dict(labels).values()}
+    for rule in RULES:
+        for name in re.findall(r"\b(?:signup|database|process)_\w+(?=[{\[)])", rule["expr"]):
+            assert name in names, (rule, name)
+        for record in re.findall(r"\w+:\w+:\w+", rule["expr"]):
+            assert record in RECORDS, (rule, record)
+        for value in re.findall(r'\b(?:status_code|error_type|state|le)="(.*?)"', rule["expr"]):
+            assert value in values, (rule, value)
+    # What SignupMetricsMissing counts.
+    own = {name for name in names if name.startswith(("signup_", "database_"))}
+    assert f">= {len(own)}" in ALERTS["SignupMetricsMissing"]["expr"]
+
+
+@needs("promtool")
+def test_metric_names_pass_promtool(service: Service) -> None:
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=service.get("/metrics").text,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs("amtool")
+@pytest.mark.parametrize(
+    ("severity", "receiver"), [("critical", "page"), ("warning", "ticket"), ("info", "info")]
+)
+def test_severities_have_receivers(severity: str, receiver: str) -> None:
+    config = f"--config.file={PROMETHEUS / 'alertmanager.yml'}"
+    done = subprocess.run(
+        ["amtool", "config", "routes", "test", config, f"severity={severity}", "service=signup"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [receiver]
