@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint check-rules soak drill alert-drill clean
+.PHONY: help run test lint check-rules soak drill alert-drill dashboards clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,6 +37,9 @@ drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
 	$(BIN)/python -m benchmarks.alert_drill
+
+dashboards: $(READY) ## New previews of the dashboards, from real data of three minutes
+	$(BIN)/python -m benchmarks.preview
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -63,14 +63,15 @@ def shorten(rules: str) -> str:
 class Traffic(Background):
     """A steady stream of signups to the first replica.
 
-    `rate` is in requests a second; every other request has the email `every_other`, if it is set.
+    `rate` is in requests a second; one of `every` requests has the email `special`, if it is set.
     """
 
     def __init__(self, replicas: list[Service]) -> None:
         super().__init__(CLIENTS)
         self._replicas = replicas
         self.rate = REQUESTS
-        self.every_other: str | None = None
+        self.every = 2
+        self.special: str | None = None
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         if not self.rate:
@@ -78,8 +79,8 @@ class Traffic(Background):
             return
         time.sleep((CLIENTS if turn else number) / self.rate)
         email = f"{number}-{turn}-{time.time_ns()}@example.com"
-        if self.every_other and turn % 2:
-            email = self.every_other
+        if self.special and (number + turn) % self.every == 0:
+            email = self.special
         with contextlib.suppress(requests.RequestException):
             body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
             # Over a connection of its own, so that all workers get their share.
@@ -94,15 +95,16 @@ class Traffic(Background):
 
 
 class Lock(Background):
-    """Locks the table `users` for 2 s, and again and again."""
+    """Locks the table `users` for some seconds, and again and again."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float = 2) -> None:
         super().__init__(1)
         self._url = url
+        self._seconds = seconds
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         with locked_table(self._url):
-            time.sleep(2)
+            time.sleep(self._seconds)
 
 
 class Killer(Background):
@@ -126,14 +128,15 @@ class Drill:
         with ExitStack() as stack:
             self._postgres = stack.enter_context(Postgres())
             self._url = self._postgres.new_database()
+            self.admin_url = self._postgres.admin_url(self._url)
             self.alertmanager = stack.enter_context(Alertmanager())
-            self._prometheus = stack.enter_context(Prometheus(INTERVAL, shorten, self.alertmanager))
+            self.prometheus = stack.enter_context(Prometheus(INTERVAL, shorten, self.alertmanager))
             self._services = stack.enter_context(ExitStack())
             self._replicas: list[Service] = []
             self._start()
-            self._traffic = stack.enter_context(Traffic(self._replicas))
+            self.traffic = stack.enter_context(Traffic(self._replicas))
             steady = f"job:signup_requests:rate5m > {REQUESTS / 2}"
-            wait_until(lambda: self._prometheus.query(steady))
+            wait_until(lambda: self.prometheus.query(steady))
             self._stack = stack.pop_all()
         return self
 
@@ -160,18 +163,18 @@ class Drill:
 
     def _scrape(self, *others: str) -> None:
         urls = [replica.url for replica in self._replicas]
-        self._prometheus.set_targets("signup-server", *urls, *others)
+        self.prometheus.set_targets("signup-server", *urls, *others)
 
     def causes(self) -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[str]]]:
         """By its name, each cause as a block, and the alerts that have to fire during it."""
-        url, postgres, traffic = self._url, self._postgres, self._traffic
+        url, postgres, traffic = self._url, self._postgres, self.traffic
         return {
             "half of the input bad": (
-                lambda: traffic.changed(every_other="bad"),
+                lambda: traffic.changed(special="bad"),
                 ["SignupHighErrorRate", "SignupHighValidationErrors"],
             ),
             "half of the emails registered": (
-                lambda: traffic.changed(every_other="twice@example.com"),
+                lambda: traffic.changed(special="twice@example.com"),
                 ["SignupHighDuplicateEmails"],
             ),
             "database stopped": (
@@ -192,7 +195,7 @@ class Drill:
                 ],
             ),
             "table locked for 2 s at a time": (
-                lambda: Lock(postgres.admin_url(url)),
+                lambda: Lock(self.admin_url),
                 [
                     "SignupSlowDatabaseQueries",
                     "SignupVerySlowDatabaseQueries",
@@ -208,7 +211,7 @@ class Drill:
             ),
             "workers killed": (lambda: Killer(self._replicas[0]), ["SignupWorkerRestartLoop"]),
             "another server in its place": (
-                lambda: self._scraped(self._prometheus.url),
+                lambda: self._scraped(self.prometheus.url),
                 ["SignupMetricsMissing"],
             ),
             "no more traffic": (lambda: traffic.changed(rate=0), ["SignupTrafficDrop"]),
@@ -218,7 +221,7 @@ class Drill:
 
     @contextlib.contextmanager
     def _exhausted(self) -> Iterator[None]:
-        with self._traffic.changed(rate=REQUESTS * 10), locked(self._postgres, self._url):
+        with self.traffic.changed(rate=REQUESTS * 10), locked(self._postgres, self._url):
             yield
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from .service import Postgres, Service, wait_until
+from .watched import Watched, watch
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,9 @@ def service(database_url: str) -> Iterator[Service]:
     ) as service:
         wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 4)
         yield service
+
+
+@pytest.fixture(scope="session")
+def watched(postgres: Postgres) -> Iterator[Watched]:
+    with watch(postgres) as watched:
+        yield watched

@@ -175,11 +175,21 @@ class Prometheus(Program):
         """
         parameters = {"query": query} | ({"time": time} if time else {})
         result = self.get("/api/v1/query", **parameters)["data"]["result"]
+        return {_name(sample["metric"]): float(sample["value"][1]) for sample in result}
+
+    def query_range(
+        self, query: str, start: float, end: float, step: float
+    ) -> dict[str, list[tuple[float, float]]]:
+        """The range vector's times and values, by the labels' values as in `query`.
+
+        `start`, `end` and `step` are in seconds.
+        """
+        result = self.get("/api/v1/query_range", query=query, start=start, end=end, step=step)[
+            "data"
+        ]["result"]
         return {
-            ",".join(v for k, v in sorted(sample["metric"].items()) if k != "__name__"): float(
-                sample["value"][1]
-            )
-            for sample in result
+            _name(series["metric"]): [(time, float(value)) for time, value in series["values"]]
+            for series in result
         }
 
     def load(self, samples: str) -> None:
@@ -193,3 +203,7 @@ class Prometheus(Program):
             capture_output=True,
         )
         self.start()
+
+
+def _name(labels: dict[str, str]) -> str:
+    return ",".join(value for label, value in sorted(labels.items()) if label != "__name__")

@@ -2,16 +2,29 @@
 
 import math
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from time import time
+from functools import cache
 
 import pytest
 
-from .faults import read_only
-from .monitoring import Prometheus, needs
-from .service import ROOT, Postgres, Samples, Service, locked_table, wait_until
+from .monitoring import needs
+from .service import ROOT
+from .watched import (
+    ALL,
+    CODES,
+    CONTAINERS,
+    CPU,
+    ERRORS,
+    FIELDS,
+    HOUR_AGO,
+    MEMORY,
+    PAST,
+    RECEIVED,
+    TODAY,
+    WAITING,
+    Watched,
+    average,
+    quantile,
+)
 
 pytestmark = needs("prometheus", "promtool")
 
@@ -22,122 +35,23 @@ IN_RUNBOOK = [
     *re.findall(r"```promql\n(.*?)```", RUNBOOK, re.DOTALL),
     *re.findall(r"`((?:sum|sort_desc|topk|histogram_quantile|job:|up|process_).*?)`", RUNBOOK),
 ]
-WAITING = 5  # requests at the moment of the queries
-# What is sent: of each, the error type or the field, and how often.
-ERRORS = {
-    "validation": 60,
-    "duplicate_email": 25,
-    "invalid_json": 15,
-    "invalid_method": 10,
-    "database": 20,
-}
-FIELDS = {"email": 30, "first_name": 20, "last_name": 10}
-CODES = {"201": 200, "400": 75, "405": 10, "409": 25, "413": 0, "500": 20, "503": 0}
-ALL = sum(CODES.values())
-# An hour before: signups and duplicates a second, over 10 minutes.
-PAST = {"201": 2, "409": 0.5}
-HOUR_AGO = sum(PAST.values())
-CONTAINERS = {"signup-server-1": 0.4, "signup-server-2": 0.2}  # CPU seconds a second
-MEMORY, RECEIVED = 60, 5000  # MiB, bytes a second
 
 
-def send(service: Service, postgres: Postgres, url: str) -> None:
-    """Everything that ERRORS, FIELDS and CODES say."""
-
-    def user(number: int, **fields: str) -> dict[str, str]:
-        return {"email": f"{number}@example.com", "first_name": "A", "last_name": "B"} | fields
-
-    for number in range(CODES["201"]):
-        service.signup(json=user(number))
-    for number in range(ERRORS["duplicate_email"]):
-        service.signup(json=user(number))
-    for field, count in FIELDS.items():
-        for number in range(count):
-            service.signup(json=user(number, **{field: ""}))
-    for _ in range(ERRORS["invalid_json"]):
-        service.signup(data="{")
-    for _ in range(ERRORS["invalid_method"]):
-        service.signup("GET")
-    with read_only(postgres, url):
-        for number in range(ERRORS["database"]):
-            service.signup(json=user(-number))
-    assert service.answers == {int(code): n for code, n in CODES.items() if n}
-
-
-def past_samples(end: float) -> str:
-    """What a Prometheus would have scraped an hour ago, of a replica and of cAdvisor."""
-    lines = []
-
-    def add(kind: str, name: str, labels: str, values: Iterator[float]) -> None:
-        samples = (f"{name}{labels} {v} {end - 600 + 15 * n}" for n, v in enumerate(values))
-        lines.extend([f"# TYPE {name.removesuffix('_total')} {kind}", *samples])
-
-    def rising(rate: float) -> Iterator[float]:
-        return (rate * 15 * n for n in range(41))
-
-    for code, rate in PAST.items():
-        labels = f'{{job="signup-server",instance="past",status_code="{code}"}}'
-        add("counter", "signup_requests_total", labels, rising(rate))
-    for name, cpu in CONTAINERS.items():
-        labels = f'{{job="cadvisor",name="{name}"}}'
-        add("counter", "container_cpu_usage_seconds_total", labels, rising(cpu))
-        add("counter", "container_network_receive_bytes_total", labels, rising(RECEIVED))
-        add("gauge", "container_memory_usage_bytes", labels, iter([MEMORY * 2**20] * 41))
-    # OpenMetrics wants each family once, and its samples together.
-    heads = dict.fromkeys(line for line in lines if line.startswith("#"))
-    family = {head: head.split()[2] for head in heads}
-    ordered = [
-        line for head in heads for line in [head, *(x for x in lines if x.startswith(family[head]))]
-    ]
-    return "\n".join([*ordered, "# EOF\n"])
-
-
-@pytest.fixture(scope="module")
-def expected(
-    service: Service, postgres: Postgres, database_url: str
-) -> Iterator[tuple[Prometheus, float, dict[str, object]]]:
-    """A Prometheus with everything in it, the time to ask for, and the answer to each query."""
-    with (
-        Prometheus(
-            "250ms", lambda rules: rules.replace("interval: 5m", "interval: 1s")
-        ) as prometheus,
-        ThreadPoolExecutor(WAITING) as executor,
-    ):
-        prometheus.set_targets("signup-server", service.url)
-        wait_until(lambda: prometheus.query("count_over_time(up[1m]) > 20"))
-        send(service, postgres, database_url)
-        recorded = "timestamp(job:signup_slow_requests_per_requests:ratio_rate30d)"
-        sent = time()
-        wait_until(lambda: prometheus.query(f"{recorded} > {sent + 1}"))
-        with locked_table(postgres.admin_url(database_url)):
-            for number in range(WAITING):
-                json = {"email": f"w{number}@example.com", "first_name": "A", "last_name": "B"}
-                executor.submit(service.signup, json=json)
-            in_use = 'sum(database_connections{state="in_use"})'
-            wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
-            now = time()
-            samples = service.metrics()
-        prometheus.load(past_samples(now - 3600))
-        yield prometheus, now, answers(samples)
-
-
-def answers(now: Samples) -> dict[str, object]:
+@cache
+def answers(watched: Watched) -> dict[str, object]:
     """By the text above a query: a value, or a value for each label, or a check."""
+    now = watched.samples
     rate = {name: count / 300 for name, count in ERRORS.items()}
     duration, query = "signup_request_duration_seconds", "database_query_duration_seconds"
     codes = [code for code, n in CODES.items() if n]
-    today = CODES["201"] + PAST["201"] * 600
-    in_use, idle, open_ = (
-        now.get_value("database_connections", state=s) for s in ("in_use", "idle", "open")
-    )
-    assert (in_use, open_) == (WAITING, WAITING + idle)
+    idle = now.get_value("database_connections", state="idle")
     return {
         "Successful signups a second": CODES["201"] / 60,
         "Requests a second, whatever their outcome": ALL / 60,
         "Requests a minute": ALL,
         "Signups of the last hour": CODES["201"],
-        "Signups of the last 24 hours": today,
-        "Progress to 1,000 signups in 24 hours, in percent": today / 10,
+        "Signups of the last 24 hours": TODAY,
+        "Progress to 1,000 signups in 24 hours, in percent": TODAY / 10,
         "Requests a second by status code": {code: n / 300 for code, n in CODES.items()},
         "Traffic as a multiple of that of an hour ago": ALL / 300 / HOUR_AGO,
         "Requests being worked on now": WAITING,
@@ -184,7 +98,7 @@ def answers(now: Samples) -> dict[str, object]:
         "Requests of the last hour that got no connection in time": 0,
         "CPU of all replicas' processes, in percent of one core": lambda cpu: 0 < cpu < 200,
         "Memory of all replicas' processes, in MiB": lambda memory: 50 < memory < 1000,
-        "CPU by container, in percent of one core": {k: 100 * v for k, v in CONTAINERS.items()},
+        "CPU by container, in percent of one core": dict.fromkeys(CONTAINERS, 100 * CPU),
         "Memory by container, in MiB": dict.fromkeys(CONTAINERS, MEMORY),
         "Bytes received a second, by container": dict.fromkeys(CONTAINERS, RECEIVED),
         "p95 of the insert, in seconds": quantile(now, 0.95, query),
@@ -205,32 +119,18 @@ def answers(now: Samples) -> dict[str, object]:
     }
 
 
-def average(samples: Samples, name: str) -> float:
-    return samples.total(f"{name}_sum") / samples.total(f"{name}_count")
-
-
-def quantile(samples: Samples, q: float, name: str, **labels: str) -> float:
-    """As Prometheus defines it: linear within the bucket that the rank falls into."""
-    bounds = sorted({dict(k)["le"] for n, k in samples if n == f"{name}_bucket"}, key=float)
-    totals = [samples.total(f"{name}_bucket", le=le, **labels) for le in bounds]
-    rank = q * totals[-1]
-    steps = pairwise(zip([0.0, *map(float, bounds)], [0.0, *totals], strict=True))
-    (low, below), (high, above) = next(s for s in steps if s[1][1] >= rank)
-    return low + (high - low) * (rank - below) / (above - below)
-
-
-def test_every_query_has_an_answer(expected: tuple[Prometheus, float, dict[str, object]]) -> None:
+def test_every_query_has_an_answer(watched: Watched) -> None:
     assert len(QUERIES) == TEXT.count("```promql")
-    assert QUERIES.keys() == expected[2].keys()
+    assert QUERIES.keys() == answers(watched).keys()
 
 
 @pytest.mark.parametrize("what", QUERIES)
-def test_query(what: str, expected: tuple[Prometheus, float, dict[str, object]]) -> None:
-    prometheus, now, answers = expected
-    result = prometheus.query(QUERIES[what], now - 3600 if "container" in QUERIES[what] else now)
+def test_query(what: str, watched: Watched) -> None:
+    query, answer = QUERIES[what], answers(watched)[what]
+    time = watched.an_hour_ago if "container_" in query else watched.now
+    result = watched.prometheus.query(query, time)
     assert result
     assert all(map(math.isfinite, result.values()))
-    answer = answers[what]
     if callable(answer):
         (value,) = result.values()
         assert answer(value)
@@ -240,10 +140,7 @@ def test_query(what: str, expected: tuple[Prometheus, float, dict[str, object]])
 
 
 @pytest.mark.parametrize("query", IN_RUNBOOK)
-def test_query_of_the_runbook(
-    query: str, expected: tuple[Prometheus, float, dict[str, object]]
-) -> None:
-    prometheus, now, _ = expected
-    result = prometheus.query(query, now)
+def test_query_of_the_runbook(query: str, watched: Watched) -> None:
+    result = watched.prometheus.query(query, watched.now)
     assert result
     assert all(map(math.isfinite, result.values()))

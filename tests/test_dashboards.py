@@ -1,0 +1,266 @@
+"""The dashboards: Grafana's own types, the guide's panels, and every query on real data."""
+
+import configparser
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from benchmarks.preview import ROW, WIDTH, ask, draw
+
+from .monitoring import needs
+from .service import ROOT
+from .watched import ALL, CODES, CONTAINERS, ERRORS, TODAY, WAITING, Watched, quantile
+
+GRAFANA = ROOT / "grafana"
+DASHBOARDS = {
+    file.stem: json.loads(file.read_text()) for file in sorted((GRAFANA / "dashboards").iterdir())
+}
+PANELS = {
+    (name, panel["title"]): panel
+    for name, dashboard in DASHBOARDS.items()
+    for panel in dashboard["panels"]
+}
+# The guide's panels, their types, and the values from which on they have another colour.
+GUIDE = {
+    ("overview", "Signups/sec"): ("stat", []),
+    ("overview", "Success Rate"): ("stat", [("red", None), ("yellow", 90), ("green", 95)]),
+    ("overview", "p95 Latency"): ("stat", [("green", None), ("yellow", 0.5), ("red", 1)]),
+    ("overview", "Error Rate"): ("stat", [("green", None), ("red", 5)]),
+    ("overview", "Total Signups Today"): ("stat", []),
+    ("overview", "Connection Pool Usage"): (
+        "gauge",
+        [("green", None), ("yellow", 72), ("red", 80)],
+    ),
+    ("traffic", "Requests by Status Code"): ("timeseries", []),
+    ("traffic", "Latency Percentiles"): (
+        "timeseries",
+        [("green", None), ("yellow", 0.5), ("red", 1)],
+    ),
+    ("traffic", "Error Breakdown"): ("piechart", []),
+    ("traffic", "Database Query Time"): (
+        "timeseries",
+        [("green", None), ("yellow", 0.1), ("red", 0.5)],
+    ),
+    ("traffic", "Validation Errors by Field"): ("barchart", []),
+    ("capacity", "CPU Usage"): ("timeseries", [("green", None), ("red", 80)]),
+    ("capacity", "Memory Usage"): ("timeseries", []),
+    ("capacity", "Database Connections"): ("timeseries", []),
+    ("capacity", "Requests/Minute Trend"): ("timeseries", []),
+    ("capacity", "Progress to the Signup Goal"): ("bargauge", []),
+}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its path, but not the lists and objects that they are in."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from leaves(child, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from leaves(child, f"{path}[{number}]")
+    else:
+        yield path, value
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_grafanas_types_keep_everything(name: str) -> None:
+    register_default_plugins()
+    typed = Dashboard.from_json(DASHBOARDS[name])
+    back = dict(leaves(json.loads(JSONEncoder().encode(typed))))
+    for path, value in leaves(DASHBOARDS[name]):
+        assert back[path] == value, path
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_say_what_they_are(name: str) -> None:
+    dashboard = DASHBOARDS[name]
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    assert dashboard["description"]
+    for panel in dashboard["panels"]:
+        title = panel["title"]
+        assert len(panel["description"]) > 20, title
+        assert panel["datasource"] == source, title
+        defaults = panel["fieldConfig"]["defaults"]
+        assert "unit" in defaults or panel["type"] == "table", title
+        for target in panel["targets"]:
+            assert target["datasource"] == source, title
+            # What is shown of a series is a name, and not all of its labels.
+            assert target["legendFormat"] or panel["type"] == "table", title
+            if 'job="signup-server"' in target["expr"] or "signup_" in target["expr"]:
+                of_one = "$instance" in target["expr"]
+                assert of_one or re.search("ALERTS|job:", target["expr"]), title
+
+
+def test_names_are_unique_and_panels_do_not_overlap() -> None:
+    assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
+    assert len({dashboard["title"] for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
+    for dashboard in DASHBOARDS.values():
+        panels = dashboard["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        assert len({panel["title"] for panel in panels}) == len(panels)
+        cells: set[tuple[int, int]] = set()
+        for panel in panels:
+            x, y, w, h = (panel["gridPos"][k] for k in "xywh")
+            assert x + w <= 24
+            assert w >= 4  # 200 of 1280 pixels
+            taken = {(column, row) for column in range(x, x + w) for row in range(y, y + h)}
+            assert cells.isdisjoint(taken), panel["title"]
+            cells |= taken
+
+
+def test_each_dashboard_has_what_all_have() -> None:
+    for dashboard in DASHBOARDS.values():
+        assert dashboard["tags"] == ["signup"]
+        (link,) = dashboard["links"]
+        assert (link["type"], link["tags"]) == ("dashboards", ["signup"])
+        variables = {v["name"]: v for v in dashboard["templating"]["list"]}
+        assert variables["datasource"]["query"] == "prometheus"
+        assert variables["instance"]["multi"]
+        assert variables["instance"]["includeAll"]
+        (restarts,) = dashboard["annotations"]["list"]
+        assert "process_start_time_seconds" in restarts["expr"]
+
+
+def test_the_guides_panels_are_there() -> None:
+    for key, (kind, steps) in GUIDE.items():
+        panel = PANELS[key]
+        assert panel["type"] == kind, key
+        if steps:
+            thresholds = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+            assert [(step["color"], step["value"]) for step in thresholds] == steps, key
+    for title in ("Requests by Status Code", "Database Connections"):
+        (panel,) = (p for (name, t), p in PANELS.items() if t == title and name != "overview")
+        assert panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
+
+
+def test_provisioning_fits_the_rest() -> None:
+    def read(path: str) -> Any:
+        content = yaml.safe_load((ROOT / path).read_text())
+        assert content.pop("apiVersion", 1) == 1
+        return content
+
+    prometheus, alertmanager = read("grafana/provisioning/datasources/signup.yml")["datasources"]
+    (provider,) = read("grafana/provisioning/dashboards/signup.yml")["providers"]
+    config = read("prometheus/prometheus.yml")
+    (target,) = config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert alertmanager["url"] == f"http://{target}"
+    assert prometheus["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+    for dashboard in DASHBOARDS.values():
+        chosen = {v["name"]: v["current"]["value"] for v in dashboard["templating"]["list"]}
+        assert chosen["datasource"] == prometheus["uid"]
+        assert dashboard["refresh"] == prometheus["jsonData"]["timeInterval"]
+    settings = configparser.ConfigParser()
+    settings.read(GRAFANA / "grafana.ini")
+    home = settings["dashboards"]["default_home_dashboard_path"]
+    assert home == f"{provider['options']['path']}/overview.json"
+
+
+def run(watched: Watched, target: dict[str, Any], time: float) -> dict[str, list[float]]:
+    """What the panel gets, as it asks: at `time`, or for the minute until then."""
+    series = ask(watched.prometheus, time - 60, time, rate_interval="1m")(target)
+    return {name: [value for _, value in samples] for name, samples in series.items()}
+
+
+TARGETS = [
+    pytest.param(panel, target, id=f"{name}-{panel['title']}-{target['refId']}")
+    for (name, _), panel in PANELS.items()
+    for target in panel["targets"]
+]
+
+
+@needs("prometheus", "promtool")
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_queries_have_data(panel: dict[str, Any], target: dict[str, Any], watched: Watched) -> None:
+    only_containers = panel["fieldConfig"]["defaults"].get("noValue") == "Needs cAdvisor"
+    if "container_" in target["expr"]:
+        assert run(watched, target, watched.an_hour_ago).keys() == {*CONTAINERS}
+    if not only_containers:
+        result = run(watched, target, watched.now)
+        assert result
+        assert all(result.values())
+        assert all(math.isfinite(value) for values in result.values() for value in values)
+
+
+@needs("prometheus", "promtool")
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_an_idle_service_has_no_panel_without_data(
+    panel: dict[str, Any], target: dict[str, Any], watched: Watched
+) -> None:
+    result = run(watched, target, watched.idle)
+    assert all(math.isfinite(value) for values in result.values() for value in values)
+    if not result:
+        assert panel["fieldConfig"]["defaults"]["noValue"] in {
+            "No traffic yet",
+            "No alert is firing",
+            "Needs cAdvisor",
+        }
+
+
+@needs("prometheus", "promtool")
+def test_a_restart_is_annotated_for_a_minute(watched: Watched) -> None:
+    for dashboard in DASHBOARDS.values():
+        (restarts,) = dashboard["annotations"]["list"]
+        query = restarts["expr"].replace("$instance", ".+")
+        (seconds_left,) = watched.prometheus.query(query, watched.idle).values()
+        assert 0 < seconds_left < 60
+        assert not watched.prometheus.query(query, watched.idle + 60)
+
+
+@needs("prometheus", "promtool")
+def test_single_values_are_what_was_sent(watched: Watched) -> None:
+    samples = watched.samples
+    expected = {
+        "Signups/sec": CODES["201"] / 60,
+        "Success Rate": 100 * CODES["201"] / ALL,
+        "p95 Latency": quantile(samples, 0.95, "signup_request_duration_seconds"),
+        "Error Rate": 100 * sum(ERRORS.values()) / ALL,
+        "Total Signups Today": TODAY,
+        "Connection Pool Usage": WAITING * 4,
+        "Availability Budget Left": 100 * (1 - CODES["500"] / ALL / 0.001),
+        "Latency Budget Left": 100,
+        "Requests in Flight": WAITING,
+        "Replicas Up": 1,
+        "Workers": 4,
+        "Progress to the Signup Goal": TODAY / 10,
+        "Pool Time-outs (1 h)": 0,
+        "Worker Starts (10 min)": 0,
+    }
+    values = {
+        panel["title"]: run(watched, panel["targets"][0], watched.now)
+        for panel in PANELS.values()
+        if panel["type"] in {"stat", "gauge", "bargauge"}
+    }
+    single = {title: values[0] for title, result in values.items() for values in result.values()}
+    assert single.pop("Firing Alerts") >= 1
+    assert single.pop("Pool Churn (5 min)") >= 2  # opened, and ended when the database was refused
+    assert single == pytest.approx(expected, rel=0.05)
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    head = picture.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", head[16:])
+    return width, height
+
+
+@needs("prometheus", "promtool")
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_previews_have_the_layout_of_the_dashboards(
+    name: str, watched: Watched, tmp_path: Path
+) -> None:
+    query = ask(watched.prometheus, watched.now - 60, watched.now, rate_interval="1m")
+    draw(DASHBOARDS[name], query, tmp_path / "preview.png")
+    rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in DASHBOARDS[name]["panels"])
+    assert size_of(tmp_path / "preview.png") == (WIDTH, (rows + 1) * ROW)
+    assert size_of(ROOT / f"docs/dashboard-{name}.png") == (WIDTH, (rows + 1) * ROW)

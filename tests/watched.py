@@ -1,0 +1,145 @@
+"""A real Prometheus that has watched a real service while known traffic came to it."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from time import time
+
+from .faults import read_only
+from .monitoring import Prometheus
+from .service import Postgres, Samples, Service, locked_table, wait_until
+
+# What is sent: how often with each outcome, and for what.
+ERRORS = {
+    "validation": 60,
+    "duplicate_email": 25,
+    "invalid_json": 15,
+    "invalid_method": 10,
+    "database": 20,
+}
+FIELDS = {"email": 30, "first_name": 20, "last_name": 10}
+CODES = {"201": 200, "400": 75, "405": 10, "409": 25, "413": 0, "500": 20, "503": 0}
+ALL = sum(CODES.values())
+WAITING = 5  # requests, when all of that has been sent
+# An hour before, for ten minutes: requests a second of another replica, and its containers.
+PAST = {"201": 2, "409": 0.5}
+HOUR_AGO = sum(PAST.values())
+TODAY = CODES["201"] + PAST["201"] * 600
+CONTAINERS = ("signup-server-1", "signup-server-2")
+CPU, MEMORY, RECEIVED = 0.4, 60, 5000  # seconds a second, MiB, bytes a second
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """When there was no traffic yet, and when there was all of it, with a scrape of then.
+
+    Times are in seconds since 1970. The containers are there an hour before `now` alone.
+    """
+
+    prometheus: Prometheus
+    idle: float
+    now: float
+    samples: Samples
+
+    @property
+    def an_hour_ago(self) -> float:
+        return self.now - 3600
+
+
+@contextlib.contextmanager
+def watch(postgres: Postgres) -> Iterator[Watched]:
+    """Start a service and a Prometheus, send everything, and add what was an hour ago."""
+    url = postgres.new_database()
+    with (
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="4", METRICS_SAMPLE_INTERVAL="0.05") as service,
+        Prometheus("250ms", _soon) as prometheus,
+        ThreadPoolExecutor(WAITING) as executor,
+    ):
+        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 4)
+        prometheus.set_targets("signup-server", service.url)
+        wait_until(lambda: prometheus.query("count_over_time(up[1m]) > 20"))
+        idle = time()
+        _send(service, postgres, url)
+        sent = time()
+        recorded = "timestamp(job:signup_slow_requests_per_requests:ratio_rate30d)"
+        wait_until(lambda: prometheus.query(f"{recorded} > {sent + 1}"))
+        with locked_table(postgres.admin_url(url)):
+            for number in range(WAITING):
+                executor.submit(service.signup, json=_user(f"waiting-{number}"))
+            in_use = 'sum(database_connections{state="in_use"})'
+            wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
+            now, samples = time(), service.metrics()
+        prometheus.load(_past_samples(now - 3600))
+        yield Watched(prometheus, idle, now, samples)
+
+
+def _soon(rules: str) -> str:
+    """The rules, with alerts that fire and records that are there without waiting."""
+    return re.sub(r"\b(for|interval): \w+", r"\1: 1s", rules)
+
+
+def _user(name: str, **fields: str) -> dict[str, str]:
+    return {"email": f"{name}@example.com", "first_name": "Ada", "last_name": "Lovelace"} | fields
+
+
+def _send(service: Service, postgres: Postgres, url: str) -> None:
+    for number in range(CODES["201"]):
+        service.signup(json=_user(f"{number}"))
+    for number in range(ERRORS["duplicate_email"]):
+        service.signup(json=_user(f"{number}"))
+    for field, count in FIELDS.items():
+        for _ in range(count):
+            service.signup(json=_user("bad", **{field: ""}))
+    for _ in range(ERRORS["invalid_json"]):
+        service.signup(data="{")
+    for _ in range(ERRORS["invalid_method"]):
+        service.signup("GET")
+    with read_only(postgres, url):
+        for number in range(ERRORS["database"]):
+            service.signup(json=_user(f"failed-{number}"))
+    assert service.answers == {int(code): count for code, count in CODES.items() if count}
+
+
+def _past_samples(end: float) -> str:
+    """What would have been scraped until `end`, in OpenMetrics format: PAST and the containers."""
+    families = {
+        "counter signup_requests": {
+            f'_total{{job="signup-server",instance="past",status_code="{code}"}}': rate
+            for code, rate in PAST.items()
+        },
+        "counter container_cpu_usage_seconds": _of_containers("_total", CPU),
+        "counter container_network_receive_bytes": _of_containers("_total", RECEIVED),
+        "counter container_network_transmit_bytes": _of_containers("_total", RECEIVED),
+        "gauge container_memory_usage_bytes": _of_containers("", MEMORY * 2**20),
+    }
+    lines = []
+    for family, series in families.items():
+        kind, name = family.split()
+        lines.append(f"# TYPE {name} {kind}")
+        for labels, value in series.items():
+            for second in range(0, 601, 15):
+                now = value * second if kind == "counter" else value
+                lines.append(f"{name}{labels} {now} {end - 600 + second}")
+    return "\n".join([*lines, "# EOF\n"])
+
+
+def _of_containers(suffix: str, value: float) -> dict[str, float]:
+    return {f'{suffix}{{job="cadvisor",name="{name}"}}': value for name in CONTAINERS}
+
+
+def average(samples: Samples, name: str) -> float:
+    """The mean of a histogram."""
+    return samples.total(f"{name}_sum") / samples.total(f"{name}_count")
+
+
+def quantile(samples: Samples, q: float, name: str, **labels: str) -> float:
+    """A quantile as Prometheus defines it: linear within the bucket that its rank falls into."""
+    bounds = sorted({dict(k)["le"] for n, k in samples if n == f"{name}_bucket"}, key=float)
+    totals = [samples.total(f"{name}_bucket", le=le, **labels) for le in bounds]
+    rank = q * totals[-1]
+    steps = pairwise(zip([0.0, *map(float, bounds)], [0.0, *totals], strict=True))
+    (low, below), (high, above) = next(s for s in steps if s[1][1] >= rank)
+    return low + (high - low) * (rank - below) / (above - below)
