@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -121,6 +122,29 @@ class Killer(Background):
         time.sleep(0.05)
 
 
+class Restarter(Background):
+    """Starts the service on one port, ends it once it has been scraped, and so on."""
+
+    def __init__(self, drill: "Drill") -> None:
+        super().__init__(1)
+        self._drill = drill
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self._port = server.getsockname()[1]
+
+    def __enter__(self) -> Any:
+        self._drill.scrape(f"http://127.0.0.1:{self._port}")
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._drill.scrape()
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        with self._drill.replica(workers="1", port=self._port):
+            is_up = f'up{{instance="127.0.0.1:{self._port}"}} == 1'
+            wait_until(lambda: self._drill.prometheus.query(is_up))
+
+
 class Drill:
     """Two replicas of the service, with 4 workers and with one, and what watches them."""
 
@@ -147,21 +171,24 @@ class Drill:
         """Start the service anew, on other ports."""
         self._services.close()
         self._replicas[:] = [
-            self._services.enter_context(
-                Service(
-                    DATABASE_URL=self._url,
-                    WEB_CONCURRENCY=workers,
-                    WEB_THREADS="64",
-                    METRICS_SAMPLE_INTERVAL="0.1",
-                    DATABASE_POOL_TIMEOUT="0.5",
-                    DATABASE_STATEMENT_TIMEOUT="3",
-                )
-            )
-            for workers in ("4", "1")
+            self._services.enter_context(self.replica(workers)) for workers in ("4", "1")
         ]
-        self._scrape()
+        self.scrape()
 
-    def _scrape(self, *others: str) -> None:
+    def replica(self, workers: str, port: int = 0) -> Service:
+        """A replica that is not started yet."""
+        return Service(
+            port=port,
+            DATABASE_URL=self._url,
+            WEB_CONCURRENCY=workers,
+            WEB_THREADS="64",
+            METRICS_SAMPLE_INTERVAL="0.1",
+            DATABASE_POOL_TIMEOUT="0.5",
+            DATABASE_STATEMENT_TIMEOUT="3",
+        )
+
+    def scrape(self, *others: str) -> None:
+        """Let Prometheus scrape the replicas and `others`."""
         urls = [replica.url for replica in self._replicas]
         self.prometheus.set_targets("signup-server", *urls, *others)
 
@@ -210,6 +237,7 @@ class Drill:
                 ["SignupTrafficSpike"],
             ),
             "workers killed": (lambda: Killer(self._replicas[0]), ["SignupWorkerRestartLoop"]),
+            "a replica restarted again and again": (lambda: Restarter(self), ["SignupRestartLoop"]),
             "another server in its place": (
                 lambda: self._scraped(self.prometheus.url),
                 ["SignupMetricsMissing"],
@@ -226,9 +254,9 @@ class Drill:
 
     @contextlib.contextmanager
     def _scraped(self, other: str) -> Iterator[None]:
-        self._scrape(other)
+        self.scrape(other)
         yield
-        self._scrape()
+        self.scrape()
 
     @contextlib.contextmanager
     def _down(self, *replicas: int) -> Iterator[None]:
@@ -263,12 +291,12 @@ class Drill:
 
 def main() -> None:
     """Print a row for each alert."""
-    print(f"{'alert':34}{'caused how':34}{'fired after':>11}{'resolved after':>16}")
+    print(f"{'alert':34}{'caused how':40}{'fired after':>11}{'resolved after':>16}")
     with Drill() as drill:
         for cause, (_, alerts) in drill.causes().items():
             for report in drill.run(cause, alerts):
                 print(
-                    f"{report.alert:34}{report.cause:34}{report.fired:9.1f} s"
+                    f"{report.alert:34}{report.cause:40}{report.fired:9.1f} s"
                     f"{report.resolved:14.1f} s",
                     flush=True,
                 )

@@ -139,14 +139,14 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
 
 
 class Service:
-    """The service under gunicorn on a free port of 127.0.0.1, ended after the `with` block.
+    """The service under gunicorn on 127.0.0.1, by default on a free port; ends with the block.
 
     `options` are gunicorn's, `env` the service's variables; those of this process don't count.
     `answers` counts the statuses that clients got on /signup.
     """
 
-    def __init__(self, *options: str, project: Path = ROOT, **env: str) -> None:
-        self._command = [*GUNICORN, "--bind=127.0.0.1:0", *options]
+    def __init__(self, *options: str, project: Path = ROOT, port: int = 0, **env: str) -> None:
+        self._command = [*GUNICORN, f"--bind=127.0.0.1:{port}", *options]
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
         self.answers: Counter[int] = Counter()

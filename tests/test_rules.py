@@ -3,7 +3,6 @@
 import re
 import subprocess
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import yaml
@@ -27,9 +26,9 @@ TESTS = [
 ]
 
 
-def alerts_in(test: dict[str, Any]) -> list[tuple[str, bool]]:
-    """The alerts that a group of tests names, and whether it expects them to fire."""
-    return [(t["alertname"], "exp_alerts" in t) for t in test.get("alert_rule_test", [])]
+def seconds(duration: str) -> int:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(int(n) * units[unit] for n, unit in re.findall(r"(\d+)([smhd])", duration))
 
 
 @needs("promtool", "amtool")
@@ -41,8 +40,13 @@ def test_everything_passes_promtool_and_amtool() -> None:
 def test_every_alert_has_its_tests() -> None:
     expected = defaultdict(list)
     for test in TESTS:
-        for alert, fires in alerts_in(test):
-            expected[alert, test["name"].partition(":")[0]].append(fires)
+        kind = test["name"].partition(":")[0]
+        checks = test.get("alert_rule_test", [])
+        for check in checks:
+            expected[check["alertname"], kind].append("exp_alerts" in check)
+        if kind in {"fires", "two replicas", "reset"} and checks:
+            silent, firing = (seconds(check["eval_time"]) for check in checks)
+            assert firing - silent == seconds(test["interval"]), test["name"]
     for alert, rule in ALERTS.items():
         # Silent until the last moment of its `for`, and then firing.
         assert expected[alert, "fires"][:2] == [False, True], alert

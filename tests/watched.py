@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from time import time
 
 from .faults import read_only
@@ -72,6 +72,7 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
             in_use = 'sum(database_connections{state="in_use"})'
             wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
             now, samples = time(), service.metrics()
+        assert now - idle < 55, "too slow for the queries that look back a minute"
         prometheus.load(_past_samples(now - 3600))
         yield Watched(prometheus, idle, now, samples)
 
@@ -136,9 +137,16 @@ def average(samples: Samples, name: str) -> float:
 
 
 def quantile(samples: Samples, q: float, name: str, **labels: str) -> float:
-    """A quantile as Prometheus defines it: linear within the bucket that its rank falls into."""
+    """A quantile as Prometheus defines it: linear within the bucket that its rank falls into.
+
+    The values of `labels` are alternatives, as in `201|409`.
+    """
     bounds = sorted({dict(k)["le"] for n, k in samples if n == f"{name}_bucket"}, key=float)
-    totals = [samples.total(f"{name}_bucket", le=le, **labels) for le in bounds]
+    wanted = [
+        dict(zip(labels, values, strict=True))
+        for values in product(*(value.split("|") for value in labels.values()))
+    ]
+    totals = [sum(samples.total(f"{name}_bucket", le=le, **one) for one in wanted) for le in bounds]
     rank = q * totals[-1]
     steps = pairwise(zip([0.0, *map(float, bounds)], [0.0, *totals], strict=True))
     (low, below), (high, above) = next(s for s in steps if s[1][1] >= rank)
