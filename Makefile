@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint check-rules soak drill alert-drill dashboards clean
+.PHONY: help run test lint check-rules soak drill alert-drill dashboards clean \
+	compose-up compose-down compose-build compose-logs
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 run: $(READY) ## The service on http://localhost:3000
 	@$(BIN)/python gunicorn.conf.py # checks the environment; gunicorn trips over WEB_CONCURRENCY by itself
@@ -40,6 +41,18 @@ alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alert
 
 dashboards: $(READY) ## New previews of the dashboards, from real data of three minutes
 	$(BIN)/python -m benchmarks.preview
+
+compose-up: ## The service and what watches it, in containers
+	docker compose up --detach --wait
+
+compose-down: ## Ends them, and keeps the data
+	docker compose down
+
+compose-build: ## The service's image
+	docker compose build
+
+compose-logs: ## What the containers say
+	docker compose logs --follow
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
