@@ -81,7 +81,7 @@ class Program:
     def _address(self) -> str | None:
         log = self._log.read_text()
         assert self._process.poll() is None, log
-        found = re.search(r'msg="Listening on" address=(\S+)', log)
+        found = re.search(r'msg="Listening on".* address=(\S+)', log)
         return found and f"http://{found[1]}"
 
     def get(self, path: str, **parameters: Any) -> Any:
