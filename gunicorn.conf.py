@@ -36,8 +36,8 @@ preload_app = False
 # One queue of connections for all workers: with a queue each, a worker that ends resets the
 # connections that wait in its own.
 reuse_port = False
-# Longer than a proxy keeps its idle connections (nginx: 60 s), so that the server never closes
-# one just as the next request comes.
+# Longer than the proxy keeps its idle connections (nginx/nginx.conf: 60 s), so that the server
+# never closes one just as the next request comes.
 keepalive = 75
 # Workers show here that they live; on a disk, a slow write would look like a hanging worker.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None

@@ -9,6 +9,7 @@ has arrived, and what comes before and after waits in the event loop, where it c
 import contextlib
 import io
 import re
+import select
 import socket
 import sys
 from collections.abc import Callable
@@ -169,9 +170,21 @@ class Worker(ThreadWorker):
     def _cap_keepalive(self, deadline: float) -> None:
         # The worker stops: what has not arrived by `deadline` will not be waited for either.
         self.retire()
+        self._stop_listening()
         super()._cap_keepalive(deadline)
         for conn in self.pending_conns:
             conn.timeout = min(conn.timeout, deadline)
+
+    def _stop_listening(self) -> None:
+        # The kernel has connections that nobody has accepted, maybe with a request in them: when
+        # the last worker of a service closes its listener, they are reset. So they are accepted
+        # first, and who connects later is refused at once, and knows that nothing was executed.
+        for listener in self.sockets:
+            poller = select.poll()
+            poller.register(listener, select.POLLIN)
+            while poller.poll(0):
+                self.accept(listener)
+            listener.close()
 
     def _receive(self, conn: Any) -> bytes | None:
         """What has come since, which is also in the parser's buffer; None: nothing, b"": an end."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from .service import Samples, Service
+from .service import Client, Samples
 
 
 class Background:
@@ -52,7 +52,7 @@ class Load(Background):
     `slowest` is the longest that one waited for its answer, in seconds.
     """
 
-    def __init__(self, service: Service, clients: int = 8, name: str = "load") -> None:
+    def __init__(self, service: Client, clients: int = 8, name: str = "load") -> None:
         super().__init__(clients)
         self._service = service
         self._name = name
@@ -78,7 +78,7 @@ class Scraper(Background):
     `count` are those that were answered, `unanswered` those whose worker was killed meanwhile.
     """
 
-    def __init__(self, service: Service, scrapers: int = 1) -> None:
+    def __init__(self, service: Client, scrapers: int = 1) -> None:
         super().__init__(scrapers)
         self._service = service
         self._last: dict[int, Samples] = {}
@@ -98,7 +98,7 @@ class Scraper(Background):
         self.count += 1
 
 
-def scrape_time(service: Service, times: int = 50) -> float:
+def scrape_time(service: Client, times: int = 50) -> float:
     """The median duration of a scrape in seconds, over one connection."""
     durations = []
     with requests.Session() as session:

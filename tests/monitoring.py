@@ -2,87 +2,25 @@
 
 import json
 import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 import yaml
 
-from .service import ROOT, wait_until
-
-PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
-    "prometheus": "prometheus",
-    "promtool": "prometheus",
-    "prometheus-alertmanager": "prometheus-alertmanager",
-    "amtool": "prometheus-alertmanager",
-}
+from .programs import Program
+from .service import ROOT
 
 
-def program(name: str) -> str | None:
-    """Where the program is that Debian calls `name`."""
-    return shutil.which(name) or shutil.which(name.removeprefix("prometheus-"))
+class Watcher(Program):
+    """A program of the Prometheus project."""
 
-
-def needs(*names: str) -> pytest.MarkDecorator:
-    """Skips a test where one of these programs is missing, and says which."""
-    missing = [name for name in names if program(name) is None]
-    packages = " ".join(sorted({PACKAGES[name] for name in missing}))
-    return pytest.mark.skipif(
-        bool(missing), reason=f"missing: {', '.join(missing)} (apt-get install {packages})"
-    )
-
-
-class Program:
-    """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
-
-    def __enter__(self) -> Any:
-        self.folder = Path(tempfile.mkdtemp(prefix="signup-test-"))
-        try:
-            self.start()
-        except BaseException:
-            shutil.rmtree(self.folder)
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        shutil.rmtree(self.folder)
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
-
-    def start(self) -> None:
-        name, *options = self.command()
-        self._log = self.folder / "log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [str(program(name)), *options], cwd=self.folder, stdout=log, stderr=log
-            )
-        try:
-            self.url = wait_until(self._address)
-            wait_until(lambda: requests.get(f"{self.url}/-/ready", timeout=10).ok)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise
-
-    def _address(self) -> str | None:
-        log = self._log.read_text()
-        assert self._process.poll() is None, log
-        found = re.search(r'msg="Listening on".* address=(\S+)', log)
-        return found and f"http://{found[1]}"
+    def address(self) -> str | None:
+        found = re.search(r'msg="Listening on".* address=(\S+)', self.log())
+        url = found and f"http://{found[1]}"
+        return url if url and requests.get(f"{url}/-/ready", timeout=10).ok else None
 
     def get(self, path: str, **parameters: Any) -> Any:
         """What the API answers, as JSON."""
@@ -91,7 +29,7 @@ class Program:
         return response.json()
 
 
-class Alertmanager(Program):
+class Alertmanager(Watcher):
     """Alertmanager with prometheus/alertmanager.yml."""
 
     def command(self) -> list[str]:
@@ -111,7 +49,7 @@ class Alertmanager(Program):
         }
 
 
-class Prometheus(Program):
+class Prometheus(Watcher):
     """Prometheus with prometheus/prometheus.yml, but for its targets and the time it takes.
 
     It scrapes and evaluates each `interval`, a duration as Prometheus writes them. Without DNS,

@@ -138,19 +138,96 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
         return sum(value for (n, have), value in self.items() if n == name and wanted <= have)
 
 
-class Service:
+class Client:
+    """What can be asked of `url`; `answers` counts the statuses that clients got on /signup."""
+
+    url: str
+
+    def __init__(self) -> None:
+        self.answers: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return requests.get(self.url + path, timeout=30, **options)
+
+    def signup(self, method: str = "POST", **options: Any) -> requests.Response:
+        """A request to /signup; `session` keeps its connection alive."""
+        session = options.pop("session", requests)
+        response: requests.Response = session.request(
+            method, self.url + "/signup", timeout=30, **options
+        )
+        with self._lock:
+            self.answers[response.status_code] += 1
+        return response
+
+    def metrics(self, openmetrics: bool = False) -> Samples:
+        """A scrape over a new connection, so of any worker, parsed by prometheus_client."""
+        response = self.get("/metrics", headers={"Accept": OPENMETRICS} if openmetrics else {})
+        response.raise_for_status()
+        assert response.headers["Content-Type"].startswith(
+            "application/openmetrics-text" if openmetrics else "text/plain; version=0.0.4"
+        )
+        families = (parse_openmetrics if openmetrics else parse_text)(response.text)
+        return Samples(
+            ((sample.name, frozenset(sample.labels.items())), sample.value)
+            for family in families
+            for sample in family.samples
+        )
+
+    def quiet_metrics(self) -> Samples:
+        """A scrape once nothing is being worked on and the pool's gauges say so."""
+
+        def quiet() -> Samples | None:
+            now = self.metrics()
+            busy = now.total("signup_requests_in_flight") + now.total(
+                "database_connections", state="in_use"
+            )
+            return None if busy else now
+
+        samples: Samples = wait_until(quiet)
+        return samples
+
+    def check_equalities(self, rows: int) -> None:
+        """Design, section 3: what holds at every quiet moment. `rows` are those in `users`."""
+        now = self.quiet_metrics()
+
+        def requests_with(*codes: int) -> float:
+            return sum(now.total("signup_requests_total", status_code=str(c)) for c in codes)
+
+        def errors(kind: str) -> float:
+            return now.get_value("signup_errors_total", error_type=kind)
+
+        for status in {*self.answers, 201, 400, 405, 409, 413, 500, 503}:
+            assert requests_with(status) == self.answers[status], status
+        total = self.answers.total()
+        assert now.total("signup_requests_total") == total
+        assert now.total("signup_request_duration_seconds_count") == total
+        assert requests_with(201) == rows
+        assert requests_with(409) == errors("duplicate_email")
+        assert requests_with(409) == now.get_value("signup_duplicate_email_attempts_total")
+        failed = sum(n for status, n in self.answers.items() if status >= 400)
+        assert now.total("signup_errors_total") == failed
+        assert errors("validation") == now.total("signup_validation_errors_total")
+        assert errors("validation") + errors("invalid_json") == requests_with(400, 413)
+        assert errors("database") + errors("internal") == requests_with(500, 503)
+        assert errors("invalid_method") == requests_with(405)
+        open_, in_use, idle = (
+            now.get_value("database_connections", state=s) for s in ("open", "in_use", "idle")
+        )
+        assert open_ == in_use + idle <= now.get_value("database_connections_max")
+
+
+class Service(Client):
     """The service under gunicorn on 127.0.0.1, by default on a free port; ends with the block.
 
     `options` are gunicorn's, `env` the service's variables; those of this process don't count.
-    `answers` counts the statuses that clients got on /signup.
     """
 
     def __init__(self, *options: str, project: Path = ROOT, port: int = 0, **env: str) -> None:
+        super().__init__()
         self._command = [*GUNICORN, f"--bind=127.0.0.1:{port}", *options]
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
-        self.answers: Counter[int] = Counter()
-        self._lock = threading.Lock()
 
     def __enter__(self) -> "Service":
         self._output = tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
@@ -222,75 +299,6 @@ class Service:
         """Where the workers keep their metrics."""
         files: set[Path] = wait_until(lambda: self.metric_files(self.worker_pids()[0]))
         return files.pop().parent
-
-    def get(self, path: str, **options: Any) -> requests.Response:
-        return requests.get(self.url + path, timeout=30, **options)
-
-    def signup(self, method: str = "POST", **options: Any) -> requests.Response:
-        """A request to /signup; `session` keeps its connection alive."""
-        session = options.pop("session", requests)
-        response: requests.Response = session.request(
-            method, self.url + "/signup", timeout=30, **options
-        )
-        with self._lock:
-            self.answers[response.status_code] += 1
-        return response
-
-    def metrics(self, openmetrics: bool = False) -> Samples:
-        """A scrape over a new connection, so of any worker, parsed by prometheus_client."""
-        response = self.get("/metrics", headers={"Accept": OPENMETRICS} if openmetrics else {})
-        response.raise_for_status()
-        assert response.headers["Content-Type"].startswith(
-            "application/openmetrics-text" if openmetrics else "text/plain; version=0.0.4"
-        )
-        families = (parse_openmetrics if openmetrics else parse_text)(response.text)
-        return Samples(
-            ((sample.name, frozenset(sample.labels.items())), sample.value)
-            for family in families
-            for sample in family.samples
-        )
-
-    def quiet_metrics(self) -> Samples:
-        """A scrape once nothing is being worked on and the pool's gauges say so."""
-
-        def quiet() -> Samples | None:
-            now = self.metrics()
-            busy = now.total("signup_requests_in_flight") + now.total(
-                "database_connections", state="in_use"
-            )
-            return None if busy else now
-
-        samples: Samples = wait_until(quiet)
-        return samples
-
-    def check_equalities(self, rows: int) -> None:
-        """Design, section 3: what holds at every quiet moment. `rows` are those in `users`."""
-        now = self.quiet_metrics()
-
-        def requests_with(*codes: int) -> float:
-            return sum(now.total("signup_requests_total", status_code=str(c)) for c in codes)
-
-        def errors(kind: str) -> float:
-            return now.get_value("signup_errors_total", error_type=kind)
-
-        for status in {*self.answers, 201, 400, 405, 409, 413, 500, 503}:
-            assert requests_with(status) == self.answers[status], status
-        total = self.answers.total()
-        assert now.total("signup_requests_total") == total
-        assert now.total("signup_request_duration_seconds_count") == total
-        assert requests_with(201) == rows
-        assert requests_with(409) == errors("duplicate_email")
-        assert requests_with(409) == now.get_value("signup_duplicate_email_attempts_total")
-        failed = sum(n for status, n in self.answers.items() if status >= 400)
-        assert now.total("signup_errors_total") == failed
-        assert errors("validation") == now.total("signup_validation_errors_total")
-        assert errors("validation") + errors("invalid_json") == requests_with(400, 413)
-        assert errors("database") + errors("internal") == requests_with(500, 503)
-        assert errors("invalid_method") == requests_with(405)
-        open_, in_use, idle = (
-            now.get_value("database_connections", state=s) for s in ("open", "in_use", "idle")
-        )
-        assert open_ == in_use + idle <= now.get_value("database_connections_max")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import yaml
 
 from benchmarks.alert_drill import Drill
 
-from .monitoring import Alertmanager, needs
+from .monitoring import Alertmanager
+from .programs import needs
 from .service import ROOT, wait_until
 
 PAIRS = {  # of a warning and its critical sibling

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from gunicorn.config import GracefulTimeout
 
 from signup.config import Config
+from signup.database import GRACE
 
 from .service import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-PORTS = {"prometheus": 9090, "alertmanager": 9093, "grafana": 3000, "cadvisor": 8080, "db": 5432}
+NGINX = (ROOT / "nginx/nginx.conf").read_text() + (ROOT / "nginx/replicas.conf").read_text()
+GUNICORN = (ROOT / "gunicorn.conf.py").read_text()
+PORTS = {
+    "server": 3000,
+    "prometheus": 9090,
+    "alertmanager": 9093,
+    "grafana": 3000,
+    "cadvisor": 8080,
+    "db": 5432,
+}
 
 
 def test_it_follows_the_compose_specification() -> None:
@@ -54,15 +65,16 @@ def test_addresses_of_other_services_exist() -> None:
     files = [
         *ROOT.glob("prometheus/*.yml"),
         *ROOT.glob("grafana/provisioning/*/*.yml"),
+        *ROOT.glob("nginx/*.conf"),
         ROOT / "docker-compose.yml",
     ]
     found = {
         match
         for file in files
-        for match in re.findall(r"(?:@|//|\")([a-z]+):(\d+)", file.read_text())
+        for match in re.findall(r"(?:@|//|\"|server )([a-z]+):(\d+)", file.read_text())
     } - {("localhost", "9090")}
     assert found == {(name, str(port)) for name, port in PORTS.items() if name != "grafana"}
-    assert set(SERVICES) == {*PORTS, "server"}
+    assert set(SERVICES) == {*PORTS, "proxy"}
     (name,) = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())["scrape_configs"][1][
         "dns_sd_configs"
     ][0]["names"]
@@ -71,11 +83,57 @@ def test_addresses_of_other_services_exist() -> None:
 
 def test_only_what_is_to_be_seen_is_published() -> None:
     published = {name: s["ports"] for name, s in SERVICES.items() if "ports" in s}
+    (port,) = re.findall(r"listen (\d+);", NGINX)
     assert published == {
-        "server": ["3000:3000"],
+        "proxy": [f"3000:{port}"],
         "prometheus": ["127.0.0.1:9090:9090"],
         "grafana": ["127.0.0.1:3001:3000"],
     }
+    assert f"http://127.0.0.1:{port}/healthz" in SERVICES["proxy"]["healthcheck"]["test"]
+
+
+def test_each_service_sees_only_what_it_needs() -> None:
+    members: dict[str, set[str]] = {name: set() for name in COMPOSE["networks"]}
+    for name, service in SERVICES.items():
+        for network in service["networks"]:
+            members[network].add(name)
+    assert members == {
+        "front": {"proxy", "server"},
+        "data": {"server", "db"},
+        "monitoring": {"server", "prometheus", "alertmanager", "grafana", "cadvisor"},
+    }
+    # Whoever is in this network, the service believes what is forwarded.
+    (config,) = COMPOSE["networks"]["front"]["ipam"]["config"]
+    assert SERVICES["server"]["environment"]["FORWARDED_ALLOW_IPS"] == config["subnet"]
+
+
+def test_four_replicas_fit() -> None:
+    (most,) = re.findall(r"max_connections=(\d+)", " ".join(SERVICES["db"]["command"]))
+    config = Config.from_env({})
+    assert 4 * config.database_max_connections + 10 < int(most)
+    for service in SERVICES.values():
+        assert "container_name" not in service
+        assert service["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}
+    assert "ports" not in SERVICES["server"]
+
+
+def test_limits_and_time_outs_fit_each_other() -> None:
+    def seconds(name: str) -> int:
+        (value,) = re.findall(rf"\b{name} (\d+)s;", NGINX)
+        return int(value)
+
+    config = Config.from_env({})
+    assert f"client_max_body_size {config.max_body_bytes // 1024}k;" in NGINX
+    assert f"client_body_buffer_size {config.max_body_bytes // 1024}k;" in NGINX
+    longest = config.database_pool_timeout + config.database_statement_timeout + GRACE
+    assert longest < seconds("proxy_read_timeout")
+    (keepalive,) = re.findall(r"^keepalive = (\d+)", GUNICORN, re.MULTILINE)
+    assert "graceful_timeout" not in GUNICORN
+    upstream = NGINX[NGINX.index("upstream signup") :]
+    (idle,) = re.findall(r"keepalive_timeout (\d+)s;", upstream)
+    assert int(idle) < int(keepalive)
+    stop = int(SERVICES["server"]["stop_grace_period"].removesuffix("s"))
+    assert stop > GracefulTimeout.default
 
 
 def test_settings_and_secrets_have_names_that_exist() -> None:
@@ -83,10 +141,9 @@ def test_settings_and_secrets_have_names_that_exist() -> None:
     assert set(re.findall(r"\$\{(\w+)", TEXT)) == asked  # none has a default
     example = (ROOT / ".env.example").read_text()
     assert set(re.findall(r"^(\w+)=$", example, re.MULTILINE)) == asked
-    settings = SERVICES["server"]["environment"]
-    assert set(settings) <= set(
-        re.findall(r"[A-Z_]{4,}", Path(Config.from_env.__code__.co_filename).read_text())
-    )
+    settings = {k: str(v) for k, v in SERVICES["server"]["environment"].items()}
+    names = re.findall(r"[A-Z_]{4,}", Path(Config.from_env.__code__.co_filename).read_text())
+    assert set(settings) <= {*names, "FORWARDED_ALLOW_IPS"}  # that one is gunicorn's own
     assert Config.from_env(settings).database_url == settings["DATABASE_URL"]
 
 

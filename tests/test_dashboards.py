@@ -17,7 +17,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from benchmarks.preview import ROW, WIDTH, ask, draw
 
-from .monitoring import needs
+from .programs import needs
 from .service import ROOT
 from .watched import ALL, CODES, CONTAINERS, ERRORS, TODAY, WAITING, Watched, quantile
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from .monitoring import needs
+from .programs import needs
 from .service import ROOT
 from .watched import (
     ALL,

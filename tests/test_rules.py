@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import yaml
 
-from .monitoring import needs
+from .programs import needs
 from .service import ROOT, Service
 
 PROMETHEUS = ROOT / "prometheus"

@@ -1,0 +1,97 @@
+"""The system programs that tests and drills start."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .service import wait_until
+
+PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+    "amtool": "prometheus-alertmanager",
+    "nginx": "nginx",
+    "pgbouncer": "pgbouncer",
+}
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"  # servers; a user's own has no sbin
+
+
+def program(name: str) -> str | None:
+    """Where the program is that Debian calls `name`."""
+    return shutil.which(name, path=PATH) or shutil.which(name.removeprefix("prometheus-"))
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test where one of these programs is missing, and says which."""
+    missing = [name for name in names if program(name) is None]
+    packages = " ".join(sorted({PACKAGES[name] for name in missing}))
+    return pytest.mark.skipif(
+        bool(missing), reason=f"missing: {', '.join(missing)} (apt-get install {packages})"
+    )
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 for a program that can't choose one by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Program:
+    """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
+
+    def __enter__(self) -> Any:
+        self.folder = Path(tempfile.mkdtemp(prefix="signup-test-", dir="/tmp"))
+        self._log = self.folder / "log"
+        try:
+            self.start()
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def command(self) -> list[str]:
+        """The program's name and its options."""
+        raise NotImplementedError
+
+    def address(self) -> str | None:
+        """The URL, once the program can be asked."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        name, *options = self.command()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(program(name)), *options], cwd=self.folder, stdout=log, stderr=log
+            )
+        try:
+            self.url = wait_until(self._address)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _address(self) -> str | None:
+        assert self._process.poll() is None, self.log()
+        return self.address()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+
+    def log(self) -> str:
+        """What the program has printed since it was started."""
+        return self._log.read_text()

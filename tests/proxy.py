@@ -1,0 +1,73 @@
+"""A real nginx in front of the service, with nginx/nginx.conf."""
+
+import itertools
+import socket
+from collections import Counter
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from .programs import Program, free_port
+from .service import ROOT, Client, Samples, Service
+
+
+class FromAddress(HTTPAdapter):
+    """Connections from an address of this machine: all of 127.0.0.0/8 is."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self._address, 0), **options)
+
+
+class Nginx(Program, Client):
+    """nginx with nginx/nginx.conf, but for its port and the replicas, which are `services`.
+
+    Its clients on /signup have an address each, so that the limit for one doesn't meet them. Its
+    metrics are the sum over all services.
+    """
+
+    def __init__(self, *services: Service) -> None:
+        super().__init__()
+        self._services = services
+        self._addresses = itertools.count(127 << 24 | 1 << 16)
+
+    def command(self) -> list[str]:
+        self._port = free_port()
+        text = (ROOT / "nginx/nginx.conf").read_text()
+        assert text.count("listen 8080;") == 1
+        text = text.replace("listen 8080;", f"listen 127.0.0.1:{self._port};")
+        (self.folder / "nginx.conf").write_text(text)
+        replicas = [
+            f"server {service.url.removeprefix('http://')} fail_timeout=5s;\n"
+            for service in self._services
+        ]
+        (self.folder / "replicas.conf").write_text("".join(replicas))
+        # Debian's nginx opens a log of its own before it reads the configuration.
+        options = ["-e", "stderr", "-g", "daemon off;"]
+        return ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *options]
+
+    def address(self) -> str | None:
+        try:
+            socket.create_connection(("127.0.0.1", self._port)).close()
+        except ConnectionRefusedError:
+            return None
+        return f"http://127.0.0.1:{self._port}"
+
+    def signup(self, method: str = "POST", **options: Any) -> requests.Response:
+        """A request to /signup, over a connection of its own, from `address` or a new one."""
+        number = next(self._addresses)
+        address = options.pop("address", socket.inet_ntoa(number.to_bytes(4, "big")))
+        with requests.Session() as session:
+            session.mount("http://", FromAddress(address))
+            return super().signup(method, **options | {"session": session})
+
+    def metrics(self, openmetrics: bool = False) -> Samples:
+        totals: Counter[Any] = Counter()
+        for service in self._services:
+            for key, value in service.metrics(openmetrics).items():
+                totals[key] += value
+        return Samples(totals)

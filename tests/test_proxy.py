@@ -1,0 +1,273 @@
+"""nginx in front of two instances with two workers each."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import requests
+
+from .load import Load
+from .programs import free_port, needs
+from .proxy import Nginx
+from .service import Postgres, Service, execute, locked_table, wait_until
+
+pytestmark = needs("nginx")
+
+USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+HIDDEN = ("/metrics", "/readyz", "/openapi.json")
+
+
+@dataclass
+class Stack:
+    """nginx, the two services behind it, and the URL of their database."""
+
+    nginx: Nginx
+    services: tuple[Service, Service]
+    database: str
+
+
+@contextlib.contextmanager
+def stack(postgres: Postgres) -> Iterator[Stack]:
+    url = postgres.new_database()
+    env = {"DATABASE_URL": url, "WEB_CONCURRENCY": "2", "METRICS_SAMPLE_INTERVAL": "0.05"}
+    # The second one has a port that it keeps over a restart.
+    with (
+        Service(**env) as first,
+        Service(port=free_port(), **env) as second,
+        Nginx(first, second) as nginx,
+    ):
+        yield Stack(nginx, (first, second), url)
+
+
+@pytest.fixture
+def own(postgres: Postgres) -> Iterator[Stack]:
+    """For a test that counts, or that breaks something."""
+    with stack(postgres) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def nginx(postgres: Postgres) -> Iterator[Nginx]:
+    with stack(postgres) as shared:
+        yield shared.nginx
+
+
+def rows(url: str) -> int:
+    return int(execute(url, "SELECT count(*) FROM users")[0][0])
+
+
+def signups(service: Service) -> float:
+    return service.metrics().total("signup_requests_total")
+
+
+def raw(nginx: Nginx, request: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """What nginx answers to `request` as it stands: status, headers and body."""
+    port = int(nginx.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(request.encode())
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        return response.status, response.headers, response.read()
+
+
+def test_signups_spread_and_totals_are_exact(own: Stack) -> None:
+    with Load(own.nginx) as load:
+        wait_until(lambda: own.nginx.answers.total() > 500)
+    assert not load.unanswered
+    assert set(own.nginx.answers) == {201, 400, 409}
+    own.nginx.check_equalities(rows(own.database))
+    shares = [signups(service) / own.nginx.answers.total() for service in own.services]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_an_instance_is_killed_and_restarted_under_load(own: Stack) -> None:
+    second = own.services[1]
+    clients = 8
+
+    def more(count: int = 300) -> None:
+        goal = own.nginx.answers.total() + count
+        wait_until(lambda: own.nginx.answers.total() > goal)
+
+    with Load(own.nginx, clients) as load:
+        more()
+        os.killpg(second.process.pid, signal.SIGKILL)
+        second.process.wait()
+        more()
+        with second:
+            wait_until(lambda: signups(second) > 50)
+            killed = own.nginx.answers[502]
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                second.process.send_signal(number)
+                more()
+            assert second.wait() == 0
+    assert not load.unanswered
+    assert set(own.nginx.answers) <= {201, 400, 409, 502}
+    assert killed <= clients  # each of which had one request in flight
+    assert own.nginx.answers[502] == killed
+    stored = {email for (email,) in execute(own.database, "SELECT email FROM users")}
+    assert stored >= set(load.acknowledged)
+
+
+def test_a_post_that_may_have_been_executed_is_not_repeated(own: Stack) -> None:
+    def in_flight(service: Service) -> float:
+        return service.metrics().get_value("signup_requests_in_flight")
+
+    with ThreadPoolExecutor(1) as executor, locked_table(own.database):
+        answer = executor.submit(own.nginx.signup, json=USER)
+        wait_until(lambda: any(map(in_flight, own.services)))
+        busy, other = sorted(own.services, key=in_flight, reverse=True)
+        os.killpg(busy.process.pid, signal.SIGKILL)
+        response = answer.result()
+        assert response.status_code == 502
+        assert "may have been executed" in response.json()["error"]
+        assert signups(other) == 0
+        assert in_flight(other) == 0
+    # PostgreSQL went on with the statement: a second one would have been answered with 409.
+    wait_until(lambda: rows(own.database) == 1)
+    assert own.nginx.signup(json=USER).status_code == 409
+
+
+def test_no_instance(own: Stack) -> None:
+    for service in own.services:
+        service.stop()
+    for _ in range(4):
+        response = own.nginx.signup(json=USER)
+        assert response.status_code == 502
+        assert set(response.json()) == {"error"}
+        assert response.headers["X-Request-ID"]
+
+
+def test_one_client_is_limited_and_others_are_not(own: Stack) -> None:
+    started = time.monotonic()
+
+    def signup(number: int) -> requests.Response:
+        user = USER | {"email": f"{number}@example.com"}
+        return own.nginx.signup(json=user, address="127.0.0.9")
+
+    with ThreadPoolExecutor(20) as executor:
+        answers = list(executor.map(signup, range(200)))
+    passed = sum(answer.status_code == 201 for answer in answers)
+    assert 21 <= passed <= 21 + 10 * (time.monotonic() - started)
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) == 200 - passed > 0
+    for answer in refused:
+        assert answer.json() == {"error": "too many requests, retry later"}
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.headers["Retry-After"] == "1"
+    assert own.nginx.signup(json=USER).status_code == 201  # of another address
+    wait_until(lambda: own.nginx.signup(json=USER, address="127.0.0.9").status_code == 409)
+    assert sum(map(signups, own.services)) == own.nginx.answers.total() - own.nginx.answers[429]
+    assert rows(own.database) == passed + 1
+
+
+@pytest.mark.parametrize("path", HIDDEN)
+def test_what_is_for_the_inside_is_not_reachable(nginx: Nginx, path: str) -> None:
+    name = path[1:]
+    for target in (
+        *(path, f"{path}/", f"{path}?a=b", f"{path}#a", f"/{path}", f"//{path}", f"{path};a=b"),
+        *(f"/.{path}", f"/x/..{path}", f"/signup/..{path}", f"/x/%2e%2e{path}", f"/..{path}"),
+        *(f"/%{ord(name[0]):x}{name[1:]}", f"/%2f{name}", f"/x/..%2f{name}", f"/%5c..%5c{name}"),
+        *(f"/signup{path}", f"/signup/{path}", f"/healthz/..{path}", f"/healthz{path}"),
+        *(f"{path}%00", f"{path}%20", f"{path}%0a", f"{path}%3f", f"/signup?/..{path}#{path}"),
+        *(f"http://server:3000{path}", f"HTTP://x{path}", path.upper(), f"/\\..\\{name}"),
+    ):
+        for version in ("HTTP/1.1\r\nHost: server:3000", "HTTP/1.0"):
+            status, headers, body = raw(
+                nginx, f"GET {target} {version}\r\nConnection: close\r\n\r\n"
+            )
+            assert (status in (400, 404)) or target.startswith("/signup?"), target
+            assert headers["Content-Type"] == "application/json"
+            assert set(json.loads(body)) == {"error"}, target
+
+
+def test_the_contract_is_the_same_through_the_proxy(nginx: Nginx) -> None:
+    assert nginx.get("/").json() == {"message": "welcome"}
+    assert nginx.get("/healthz").json() == {"status": "ok"}
+    assert nginx.signup(json=USER).status_code == 201
+    assert nginx.signup(json=USER).json() == {"error": "email already exists"}
+    for method in ("GET", "PUT", "DELETE", "OPTIONS", "TRACE"):
+        answer = nginx.signup(method)
+        assert answer.status_code == 405
+        assert answer.headers["Allow"] == "POST"
+        assert answer.json() == {"error": "method not allowed"}
+    assert nginx.signup("HEAD").status_code == 405
+    for data in (b"x" * 16385, iter([b"x" * 9000] * 2)):
+        answer = nginx.signup(data=data)
+        assert answer.status_code == 413
+        assert answer.json() == {"error": "request body too large"}
+    assert nginx.signup(data=b"x" * 16384).json() == {"error": "invalid request body"}
+    assert nginx.get("/elsewhere").json() == {"error": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("request_text", "status"),
+    [
+        ("GET / HTTP/1.1\r\n\r\n", 400),  # no Host
+        ("nonsense\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400),
+        (f"GET /{'x' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (f"GET / HTTP/1.1\r\nHost: x\r\nX: {'x' * 9000}\r\n\r\n", 431),
+        ("GET / HTTP/3.0\r\nHost: x\r\n\r\n", 505),
+    ],
+)
+def test_what_nginx_refuses_is_refused_in_json(
+    nginx: Nginx, request_text: str, status: int
+) -> None:
+    got, headers, body = raw(nginx, request_text)
+    assert got == status
+    assert headers["Content-Type"] == "application/json"
+    assert headers["X-Request-ID"]
+    assert set(json.loads(body)) == {"error"}
+
+
+def test_a_request_keeps_its_id_and_says_nothing_of_itself(nginx: Nginx) -> None:
+    answer = nginx.signup(json=USER, headers={"X-Request-ID": "mine-1"})
+    assert answer.headers["X-Request-ID"] == "mine-1"
+    for bad in ("a b", "x" * 129, "a@b"):
+        given = nginx.signup(headers={"X-Request-ID": bad}).headers["X-Request-ID"]
+        assert len(given) == 32
+        assert f'"request_id": "{given}"' in nginx.log()
+    # gunicorn would refuse these two together, of whoever it believes; it believes this machine.
+    lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
+    assert nginx.signup(headers=lies).json() == {"error": "invalid request body"}
+
+
+def test_forwarded_headers_are_believed_of_the_proxy_alone(database_url: str) -> None:
+    lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
+    for proxies, status in (("127.0.0.0/8", 400), ("192.0.2.0/24", 200)):
+        env = {"DATABASE_URL": database_url, "FORWARDED_ALLOW_IPS": proxies}
+        with Service(**env) as service:
+            assert service.get("/", headers=lies).status_code == status
+
+
+def test_the_access_log_has_a_line_a_request_and_nothing_personal(own: Stack) -> None:
+    nginx = own.nginx
+    query = "?email=ada@example.com"
+    agent = {"User-Agent": "agent-7", "Referer": "http://example.org/7"}
+    answer = nginx.signup(json=USER, params=USER, headers=agent)
+    raw(nginx, f"GET /ada@example.com{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
+    raw(nginx, f"ADA /signup{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
+    raw(nginx, "ada@example.com\r\n\r\n")
+    wait_until(lambda: nginx.log().count("\n") == 4)
+    lines = [json.loads(line) for line in nginx.log().splitlines()]
+    # nginx has two processes, so the order may be another one.
+    assert {(line["method"], line["path"], line["status"]) for line in lines} == {
+        ("POST", "/signup", 201),
+        ("GET", "other", 404),
+        ("other", "/signup", 405),
+        ("other", "other", 400),
+    }
+    (line,) = (line for line in lines if line["status"] == 201)
+    assert line["request_id"] == answer.headers["X-Request-ID"]
+    assert line["upstream_status"] == "201"
+    assert line["duration"] >= float(line["upstream_duration"]) > 0
+    for secret in ("ada@", "Ada", "example", "agent-7", "127.1."):
+        assert secret not in nginx.log()
