@@ -68,7 +68,8 @@ def connect(config: Config, deadline: float) -> Connection:
         connection_factory=functools.partial(Connection, deadline=deadline),
         application_name="signup",
         client_encoding="UTF8",
-        options=f"-c timezone=UTC -c statement_timeout={timeout} {own}",
+        # Without a space at its end, at which PgBouncer from 1.20 on would stumble.
+        options=f"-c timezone=UTC -c statement_timeout={timeout} {own}".strip(),
     )
     connection.autocommit = True
     return connection

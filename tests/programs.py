@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -64,6 +65,10 @@ class Program:
         """The program's name and its options."""
         raise NotImplementedError
 
+    def account(self) -> dict[str, Any]:
+        """How subprocess runs it as another user."""
+        return {}
+
     def address(self) -> str | None:
         """The URL, once the program can be asked."""
         raise NotImplementedError
@@ -72,7 +77,11 @@ class Program:
         name, *options = self.command()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [str(program(name)), *options], cwd=self.folder, stdout=log, stderr=log
+                [str(program(name)), *options],
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                **self.account(),
             )
         try:
             self.url = wait_until(self._address)
@@ -84,8 +93,8 @@ class Program:
         assert self._process.poll() is None, self.log()
         return self.address()
 
-    def stop(self) -> None:
-        self._process.terminate()
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self._process.send_signal(number)
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
