@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint check-rules soak drill alert-drill dashboards clean \
+.PHONY: help run test lint check-rules soak drill alert-drill dashboards image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -41,6 +41,16 @@ alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alert
 
 dashboards: $(READY) ## New previews of the dashboards, from real data of three minutes
 	$(BIN)/python -m benchmarks.preview
+
+kubernetes-rules: ## The rules of Prometheus, as an object of Kubernetes
+	@{ printf '%s\n' '# Made of prometheus/rules by `make kubernetes-rules`.' \
+		'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
+		'metadata:' '  name: signup-server' 'spec:' '  groups:'; \
+		sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' prometheus/rules/*.yml; \
+	} > deploy/kubernetes/prometheus-rule.yaml
+
+image-check: $(READY) ## The image, built by buildah and run, where there is no Docker
+	$(BIN)/python -m benchmarks.image_check
 
 compose-up: ## The service and what watches it, in containers
 	docker compose up --detach --wait

@@ -1,0 +1,117 @@
+"""The manifests for Kubernetes: their schemas, and that what they mention exists."""
+
+import re
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from gunicorn.config import GracefulTimeout
+
+from signup.config import Config
+from signup.database import READY_TIMEOUT
+
+from .service import ROOT
+
+FOLDER = ROOT / "deploy/kubernetes"
+KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+OBJECTS: dict[str, dict[str, Any]] = {
+    manifest["kind"]: manifest
+    for manifest in (yaml.safe_load((FOLDER / n).read_text()) for n in KUSTOMIZATION["resources"])
+}
+CUSTOM = {"ServiceMonitor", "PrometheusRule"}  # of the Prometheus Operator
+POD = OBJECTS["Deployment"]["spec"]["template"]
+(CONTAINER,) = POD["spec"]["containers"]
+SCRAPES = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
+(JOB,) = (job for job in SCRAPES["scrape_configs"] if "dns_sd_configs" in job)
+
+
+def test_every_file_is_a_resource_named_after_its_kind() -> None:
+    files = {path.name for path in FOLDER.iterdir()} - {"kustomization.yaml"}
+    assert files == set(KUSTOMIZATION["resources"])
+    kinds = {re.sub("(?<!^)(?=[A-Z])", "-", kind).lower() + ".yaml" for kind in OBJECTS}
+    assert kinds == files
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])  # the oldest that has preStop.sleep
+def test_they_follow_the_schemas(version: str) -> None:
+    checked = [kind for kind in OBJECTS if kind not in CUSTOM]
+    assert len(checked) == 5
+    for kind in checked:
+        kubernetes_validate.validate(OBJECTS[kind], version, strict=True)
+
+
+def test_selectors_find_the_pods() -> None:
+    labels = POD["metadata"]["labels"]
+    assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert OBJECTS["Service"]["spec"]["selector"] == labels
+    assert OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert OBJECTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    (spread,) = POD["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == labels
+    wanted = OBJECTS["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
+    assert OBJECTS["Service"]["metadata"]["labels"] == wanted
+    target = OBJECTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert target == {
+        "apiVersion": OBJECTS["Deployment"]["apiVersion"],
+        "kind": "Deployment",
+        "name": OBJECTS["Deployment"]["metadata"]["name"],
+    }
+    assert "replicas" not in OBJECTS["Deployment"]["spec"]
+
+
+def test_ports_lead_to_the_service() -> None:
+    assert CONTAINER["ports"] == [{"name": "http", "containerPort": Config.from_env({}).port}]
+    (port,) = OBJECTS["Service"]["spec"]["ports"]
+    (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
+    (ingress,) = OBJECTS["NetworkPolicy"]["spec"]["ingress"]
+    probes = ("startupProbe", "livenessProbe", "readinessProbe")
+    paths = [CONTAINER[probe]["httpGet"]["path"] for probe in probes]
+    assert paths == ["/healthz", "/healthz", "/readyz"]
+    for name in (
+        *(CONTAINER[probe]["httpGet"]["port"] for probe in probes),
+        *(port["targetPort"], port["name"], endpoint["port"], ingress["ports"][0]["port"]),
+    ):
+        assert name == "http"
+
+
+def test_the_scrape_is_the_one_of_prometheus_yml() -> None:
+    (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
+    # Without a jobLabel, the label `job` is the name of the Service.
+    assert "jobLabel" not in OBJECTS["ServiceMonitor"]["spec"]
+    assert OBJECTS["Service"]["metadata"]["name"] == JOB["job_name"]
+    assert endpoint["path"] == JOB.get("metrics_path", "/metrics")
+    assert endpoint["interval"] == SCRAPES["global"]["scrape_interval"]
+
+
+def test_the_rules_are_those_of_prometheus() -> None:
+    files = sorted((ROOT / "prometheus/rules").iterdir())
+    groups = [g for file in files for g in yaml.safe_load(file.read_text())["groups"]]
+    assert OBJECTS["PrometheusRule"]["spec"] == {"groups": groups}
+    assert (FOLDER / "prometheus-rule.yaml").read_text().count("{{ $value") > 10
+
+
+def test_the_container_is_the_one_of_the_dockerfile() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    security = POD["spec"]["securityContext"]
+    assert f"USER {security['runAsUser']}:{security['runAsGroup']}\n" in dockerfile
+    assert {"name": CONTAINER["image"]} in KUSTOMIZATION["images"]
+    settings = {variable["name"]: variable for variable in CONTAINER["env"]}
+    assert set(settings) == {"DATABASE_URL", "WEB_CONCURRENCY"}
+    assert Config.from_env({"WEB_CONCURRENCY": settings["WEB_CONCURRENCY"]["value"]}).workers == 2
+
+
+def test_times_fit_each_other() -> None:
+    assert CONTAINER["readinessProbe"]["timeoutSeconds"] > 2 * READY_TIMEOUT
+    stop = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + GracefulTimeout.default
+    assert POD["spec"]["terminationGracePeriodSeconds"] > stop
+
+
+def test_the_most_replicas_fit_the_database() -> None:
+    most = OBJECTS["HorizontalPodAutoscaler"]["spec"]["maxReplicas"]
+    surge = OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+    connections = (most + surge) * Config.from_env({}).database_max_connections
+    text = (FOLDER / "horizontal-pod-autoscaler.yaml").read_text()
+    assert f"{connections} connections" in text
+    (configured,) = re.findall(r"max_connections=(\d+)", (ROOT / "docker-compose.yml").read_text())
+    assert connections + 10 < int(configured)
