@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test lint check-rules soak drill alert-drill dashboards image-check kubernetes-rules clean \
+.PHONY: help run test lint check-rules soak drill alert-drill capacity dashboards image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -38,6 +38,9 @@ drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
 	$(BIN)/python -m benchmarks.alert_drill
+
+capacity: $(READY) ## What one core and one machine can do, and with a million rows
+	$(BIN)/python -m benchmarks.capacity
 
 dashboards: $(READY) ## New previews of the dashboards, from real data of three minutes
 	$(BIN)/python -m benchmarks.preview

@@ -1,0 +1,143 @@
+"""`make capacity`: what one core and one machine can do, and whether the table's size matters.
+
+Rounds of all cases take turns, so that what else the machine does meets each of them.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from signup.config import Config
+from signup.database import create_schema
+from signup.process import TICKS, Stat
+from tests.load import scrape_time
+from tests.service import Postgres, Service, execute, wait_until
+
+from .wrk import Run, spread, wrk
+
+ROUNDS = 5
+SECONDS = 4
+CLIENTS = 32  # what loads the machine; where the table's size matters, one shows it best
+ROWS = (1_000, 100_000, 1_000_000)
+FILL = """
+INSERT INTO users (email, first_name, last_name)
+SELECT 'row' || n || '@example.com', 'John', 'Doe' FROM generate_series(1, {}) AS n
+"""
+
+
+@dataclass
+class Case:
+    """A database, and what was measured in each round of a service on it; times in seconds."""
+
+    name: str
+    url: str
+    clients: int = CLIENTS
+    pin: Callable[[Service], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    runs: list[Run] = field(default_factory=list)
+    inserts: list[float] = field(default_factory=list)
+    scrapes: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # of the service, for a signup
+    database_cpu: list[float] = field(default_factory=list)  # of PostgreSQL, for a signup
+
+    def measure(self, postgres: Postgres, seconds: int) -> None:
+        with Service(DATABASE_URL=self.url, WEB_CONCURRENCY="2") as service:
+            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+            with self.pin(service):
+                wrk(service.url, self.clients, 1)  # until each connection is there
+                before, database_before = service.quiet_metrics(), database_cpu(postgres)
+                rows = count(self.url)
+                run = wrk(service.url, self.clients, seconds)
+                now, database_now = service.quiet_metrics(), database_cpu(postgres)
+                signups = count(self.url) - rows
+                self.scrapes.append(scrape_time(service, times=30))
+
+        def grown(name: str) -> float:
+            return now.total(name) - before.total(name)
+
+        assert run.refused == run.unanswered == 0, run
+        # What is in flight when wrk ends is stored, and not counted by it.
+        assert run.created <= signups <= run.created + self.clients, (run, signups)
+        assert grown("signup_requests_total") == signups
+        query = "database_query_duration_seconds"
+        self.runs.append(run)
+        self.inserts.append(grown(f"{query}_sum") / grown(f"{query}_count"))
+        self.cpu.append(grown("process_cpu_seconds_total") / signups)
+        self.database_cpu.append((database_now - database_before) / signups)
+
+
+def count(url: str) -> int:
+    return int(execute(url, "SELECT count(*) FROM users")[0][0])
+
+
+def database_cpu(postgres: Postgres) -> float:
+    """CPU seconds of PostgreSQL so far, those of ended processes included."""
+    stats = [Stat.read(pid) for pid in postgres.pids()]
+    return (sum(stat.cpu for stat in stats) + stats[0].reaped_cpu) / TICKS
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.2f}"
+
+
+@contextlib.contextmanager
+def apart(service: Service) -> Iterator[None]:
+    """The service on one core, all else on the others."""
+    cores = os.sched_getaffinity(0)
+    first = min(cores)
+
+    def pin(where: set[int]) -> None:
+        for pid in (service.process.pid, *service.worker_pids()):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), where)
+
+    pin({first})
+    os.sched_setaffinity(0, cores - {first})  # wrk inherits this
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        pin(cores)
+
+
+def measure(postgres: Postgres, rounds: int, seconds: int, rows: tuple[int, ...]) -> list[Case]:
+    """Every case, `rounds` times `seconds`; the last ones have that many rows to begin with."""
+    cases = [
+        Case("all on this machine", postgres.new_database()),
+        Case("service on one core", postgres.new_database(), pin=apart),
+    ]
+    for number in rows:
+        url = postgres.new_database()
+        create_schema(Config.from_env({"DATABASE_URL": url}))
+        execute(url, FILL.format(number))
+        execute(url, "VACUUM ANALYZE users")
+        cases.append(Case(f"{number:,} rows", url, clients=1))
+    for _ in range(rounds):
+        execute(postgres.url, "CHECKPOINT")
+        for case in cases:
+            case.measure(postgres, seconds)
+    return cases
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0))
+    with Postgres() as postgres:
+        cases = measure(postgres, ROUNDS, SECONDS, ROWS)
+    print(f"{cores} cores, median of {ROUNDS} x {SECONDS} s (least to most)")
+    for case in cases:
+        print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
+        print("  signups a second ", spread([run.rate for run in case.runs], "{:.0f}".format))
+        for name, values in (
+            ("p50 in ms", [run.p50 for run in case.runs]),
+            ("p99 in ms", [run.p99 for run in case.runs]),
+            ("INSERT in ms", case.inserts),
+            ("scrape in ms", case.scrapes),
+            ("its CPU in ms", case.cpu),
+            ("PostgreSQL's CPU", case.database_cpu),
+        ):
+            print(f"  {name:17}", spread(values, milliseconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Load by wrk: signups as fast as they are answered."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+SCRIPT = Path(__file__).with_name("signups.lua")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What wrk counted; times in seconds."""
+
+    created: int  # answers of 201
+    refused: int  # other answers
+    unanswered: int
+    seconds: float
+    p50: float
+    p99: float
+
+    @property
+    def rate(self) -> float:
+        """Signups a second."""
+        return self.created / self.seconds
+
+
+def wrk(url: str, clients: int, seconds: int) -> Run:
+    """Sign up at `url` with `clients` connections that are kept alive, for `seconds`."""
+    if shutil.which("wrk") is None:
+        sys.exit("missing: wrk (apt-get install wrk)")
+    options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=30s", f"--script={SCRIPT}"]
+    command = ["wrk", *options, url, "--", f"wrk{time.monotonic_ns()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """The median, and the lowest and the highest value."""
+    return f"{form(median(values))} ({form(min(values))} to {form(max(values))})"
