@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HOST := http://localhost:3000
+REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test lint check-rules soak drill alert-drill capacity dashboards image-check kubernetes-rules clean \
+.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests capacity dashboards image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
 run: $(READY) ## The service on http://localhost:3000
 	@$(BIN)/python gunicorn.conf.py # checks the environment; gunicorn trips over WEB_CONCURRENCY by itself
@@ -38,6 +40,21 @@ drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
 	$(BIN)/python -m benchmarks.alert_drill
+
+load-test-smoke: LOAD = smoke
+load-test-smoke: load-tests ## Locust, 5 users for 30 seconds; HOST= for another target
+
+load-test: LOAD = load
+load-test: load-tests ## Locust, 10, 50 and 100 users for 5 minutes
+
+load-test-stress: LOAD = stress
+load-test-stress: load-tests ## Locust, up to 1,000 users for 10 minutes; SECONDS= for less
+
+load-tests: $(READY)
+	@$(BIN)/python -c 'import requests, sys; requests.get(sys.argv[1], timeout=10)' $(HOST) 2>/dev/null || { \
+		echo "nobody answers at $(HOST): start the service with make run, or set HOST=" >&2; exit 1; }
+	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/locust --locustfile benchmarks/locustfile.py --headless \
+		--host $(HOST) --stop-timeout 30 --html $(REPORT)
 
 capacity: $(READY) ## What one core and one machine can do, and with a million rows
 	$(BIN)/python -m benchmarks.capacity

@@ -1,0 +1,153 @@
+"""Load tests with Locust: `make load-test-smoke`, `make load-test`, `make load-test-stress`.
+
+LOAD names the test, and SECONDS shortens it. Each user signs up, mistypes, comes back, and now and
+then sends nonsense; an answer that the contract has for that is a success. At the end the test
+fails when a threshold is missed, or when the server has counted other answers than Locust has.
+"""
+
+import itertools
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from locust import FastHttpUser, LoadTestShape, between, events, task
+from locust.env import Environment
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of users one after another, for `seconds` in all, and what is demanded."""
+
+    users: tuple[int, ...]
+    seconds: float
+    p95: float  # seconds
+    failures: float  # their share of all requests
+
+
+PLANS = {
+    "smoke": Plan((5,), 30, p95=1.0, failures=0.10),
+    "load": Plan((10, 50, 100), 300, p95=0.5, failures=0.05),
+    "stress": Plan((100, 250, 500, 1000), 600, p95=2.0, failures=0.30),
+}
+PLAN = PLANS[os.environ["LOAD"]]
+SECONDS = float(os.environ.get("SECONDS") or PLAN.seconds)
+RUN = f"load{time.time_ns()}"  # makes the emails of each run differ
+COUNTER = "signup_requests_total"
+
+numbers = itertools.count()
+answers: Counter[str] = Counter()  # by status
+before: dict[str, float] | None = None  # the server's counters, if they can be read
+
+
+class Visitor(FastHttpUser):
+    """Someone who takes a second or two between two requests."""
+
+    wait_time = between(1, 2)
+    last: str | None = None  # the email that was signed up last
+
+    def send(self, name: str, expected: int, **options: Any) -> None:
+        method = options.pop("method", "POST")
+        with self.client.request(
+            method, "/signup", name=name, catch_response=True, **options
+        ) as response:
+            if response.status_code:  # else there was no answer, which Locust counts by itself
+                answers[str(response.status_code)] += 1
+            if response.status_code == expected:
+                response.success()
+            elif response.status_code:
+                response.failure(f"{response.status_code} instead of {expected}")
+
+    def sign_up(self, name: str, expected: int, email: str) -> None:
+        body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
+        self.send(name, expected, json=body)
+
+    @task(70)
+    def new(self) -> None:
+        email = f"{RUN}-{next(numbers)}@example.com"
+        self.sign_up("signup", 201, email)
+        self.last = email
+
+    @task(10)
+    def again(self) -> None:
+        if self.last:
+            self.sign_up("duplicate email", 409, self.last.upper())
+
+    @task(10)
+    def mistyped(self) -> None:
+        self.sign_up("invalid email", 400, "ada.example.com")
+
+    @task(5)
+    def incomplete(self) -> None:
+        self.send("missing field", 400, json={"email": "ada@example.com"})
+
+    @task(3)
+    def nonsense(self) -> None:
+        self.send("invalid JSON", 400, data="{")
+
+    @task(2)
+    def wrong_method(self) -> None:
+        self.send("wrong method", 405, method="GET")
+
+
+class Steps(LoadTestShape):
+    """The numbers of users of the plan, each for the same time."""
+
+    def tick(self) -> tuple[int, float] | None:
+        step = int(self.get_run_time() / SECONDS * len(PLAN.users))
+        if step >= len(PLAN.users):
+            return None
+        return PLAN.users[step], max(5.0, PLAN.users[step] / 5)
+
+
+def server_counts(host: str | None) -> dict[str, float] | None:
+    """The server's counters by status, or None where /metrics is not to be seen, as in public."""
+    response = requests.get(f"{host}/metrics", timeout=30)
+    if not response.ok:
+        return None
+    return {
+        sample.labels["status_code"]: sample.value
+        for family in parse(response.text)
+        for sample in family.samples
+        if sample.name == COUNTER
+    }
+
+
+@events.test_start.add_listener
+def start(environment: Environment, **_: Any) -> None:
+    global before
+    before = server_counts(environment.host)
+
+
+@events.quitting.add_listener
+def judge(environment: Environment, **_: Any) -> None:
+    """Say whether the thresholds hold and the counters agree, and set the exit status."""
+    total = environment.stats.total
+    p95 = total.get_response_time_percentile(0.95) / 1000
+    verdicts = [
+        (p95 < PLAN.p95, f"p95 {p95:.3f} s, below {PLAN.p95:g} s is demanded"),
+        (
+            total.num_requests > 0 and total.fail_ratio < PLAN.failures,
+            f"{total.fail_ratio:.2%} of {total.num_requests} requests failed, "
+            f"below {PLAN.failures:.0%} is demanded",
+        ),
+    ]
+    after = server_counts(environment.host)
+    if before is None or after is None:
+        print("the server's counters can't be read at this HOST, and were not compared")
+    else:
+        # A request that got no answer may have been counted or not.
+        unanswered = total.num_requests - answers.total()
+        grown = {code: int(after[code] - before[code]) for code in after}
+        differ = sum(abs(grown[code] - answers[code]) for code in grown)
+        counted = ", ".join(f"{n} x {code}" for code, n in grown.items() if n)
+        verdicts.append(
+            (differ <= unanswered, f"the server counted {counted}; Locust differs by {differ}")
+        )
+    for holds, text in verdicts:
+        print("ok    " if holds else "FAILED", text)
+    if not all(holds for holds, _ in verdicts):
+        environment.process_exit_code = 1

@@ -1,0 +1,60 @@
+"""`make load-test-smoke`, shortened: when it passes, and when it fails."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .load import Load
+from .service import ROOT, Postgres, Service, execute
+
+ENOUGH = 4  # seconds
+
+
+def smoke(url: str, report: Path) -> tuple[bool, list[str]]:
+    """Whether it passes, and its verdicts."""
+    options = [f"HOST={url}", f"SECONDS={ENOUGH}", f"REPORT={report}"]
+    command = ["make", "load-test-smoke", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    verdicts = [x for x in done.stdout.splitlines() if x.startswith(("ok ", "FAILED ", "the ser"))]
+    return done.returncode == 0, verdicts
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    return tmp_path / "report.html"
+
+
+def test_it_passes_and_agrees_with_the_server(postgres: Postgres, report: Path) -> None:
+    url = postgres.new_database()
+    with Service(DATABASE_URL=url) as service:
+        passed, verdicts = smoke(service.url, report)
+        assert passed, verdicts
+        assert [verdict.split()[0] for verdict in verdicts] == ["ok"] * 3
+        rows = execute(url, "SELECT count(*) FROM users")[0][0]
+        assert f"the server counted {rows} x 201" in verdicts[2]
+        assert verdicts[2].endswith("Locust differs by 0")
+    assert "<html" in report.read_text()
+
+
+def test_it_fails_when_requests_fail(postgres: Postgres, report: Path) -> None:
+    url = postgres.new_database()
+    with Service(DATABASE_URL=url) as service:
+        execute(postgres.admin_url(url), "DROP TABLE users")
+        passed, verdicts = smoke(service.url, report)
+        assert not passed
+        assert [verdict.split()[0] for verdict in verdicts] == ["ok", "FAILED", "ok"]
+
+
+def test_it_fails_when_the_server_counts_others(postgres: Postgres, report: Path) -> None:
+    with Service(DATABASE_URL=postgres.new_database()) as service, Load(service, 1):
+        passed, verdicts = smoke(service.url, report)
+        assert not passed
+        assert verdicts[2].startswith("FAILED the server counted")
+
+
+def test_it_says_when_nobody_answers() -> None:
+    command = ["make", "load-test-smoke", "HOST=http://127.0.0.1:1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nobody answers at http://127.0.0.1:1" in done.stderr
