@@ -2,7 +2,7 @@
 
 `ThreadedConnectionPool` raises when it is exhausted (psycopg2 issue 1220), connects while it holds
 its lock, closes what comes back beyond minconn, and hands out connections that the server has
-closed. `Pool` waits, connects aside, keeps its connections, and looks before it lends one.
+closed. `Pool` waits, in turn, connects aside, keeps its connections, and looks before it lends one.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import fcntl
 import functools
 import select
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -112,6 +113,12 @@ class Attempt:
     is_over = False
 
 
+class Waiter(threading.Condition):
+    """A request that waits for a connection, and the one that it was given."""
+
+    connection: Connection | None = None
+
+
 class Pool(ThreadedConnectionPool):
     """At most `size` connections within `budget`, opened when needed and then kept."""
 
@@ -127,7 +134,7 @@ class Pool(ThreadedConnectionPool):
         self._config = config
         self._budget = budget
         self._metrics = metrics
-        self._changed = threading.Condition(self._lock)
+        self._waiters: deque[Waiter] = deque()
         self._attempts = 0
         self._failing = False  # the last attempt has failed
         self._retired = False
@@ -159,7 +166,7 @@ class Pool(ThreadedConnectionPool):
 
     def retire(self) -> None:
         """Keep no idle connection any more: the worker ends, and its successor needs them."""
-        with self._changed:
+        with self._lock:
             self._retired = True
             while self._pool:
                 self._discard(self._pool.pop())
@@ -176,29 +183,50 @@ class Pool(ThreadedConnectionPool):
             self._release(connection)
 
     def _take(self, deadline: float) -> Connection:
-        """An idle connection, whichever comes first: one that is returned, or a new one."""
+        """An idle connection, or the next one that is returned or new; first come, first served."""
         attempt: Attempt | None = None
-        with self._changed:
-            while not self._pool:
-                if attempt and attempt.error:
-                    raise attempt.error
-                if attempt is None or attempt.is_over:
-                    attempt = self._open(deadline)
-                patience = deadline - monotonic()
-                if patience <= 0:
-                    raise PoolTimeout("no connection came free in time")
-                self._changed.wait(patience if attempt else min(patience, TOKEN_POLL))
-            connection = self._pool.pop()
-            key = self._rused[id(connection)] = id(connection)
-            self._used[key] = connection
-            return connection
+        with self._lock:
+            if self._pool and not self._waiters:
+                return self._lend()
+            waiter = Waiter(self._lock)
+            self._waiters.append(waiter)
+            try:
+                while waiter.connection is None:
+                    if attempt and attempt.error:
+                        raise attempt.error
+                    if attempt is None or attempt.is_over:
+                        attempt = self._open(deadline)
+                    patience = deadline - monotonic()
+                    if patience <= 0:
+                        raise PoolTimeout("no connection came free in time")
+                    waiter.wait(patience if attempt else min(patience, TOKEN_POLL))
+            finally:
+                if waiter.connection is None:
+                    self._waiters.remove(waiter)
+            return waiter.connection
+
+    def _lend(self) -> Connection:
+        """An idle connection, which from now on is in use; call it with the lock held."""
+        connection = self._pool.pop()
+        key = self._rused[id(connection)] = id(connection)
+        self._used[key] = connection
+        return connection
+
+    def _hand_over(self) -> None:
+        """Give what is idle to who waits; call it with the lock held."""
+        while self._pool and self._waiters:
+            waiter = self._waiters.popleft()
+            waiter.connection = self._lend()
+            waiter.notify()
 
     def _release(self, connection: Connection) -> None:
         self.putconn(connection, close=self._retired)  # discards one that is closed
-        with self._changed:
+        with self._lock:
             if connection.closed:
                 self._budget.give_back(connection.token)
-            self._changed.notify()
+                if self._waiters:
+                    self._waiters[0].notify()  # may open another one
+            self._hand_over()
 
     def _open(self, deadline: float) -> Attempt | None:
         """Start to open a connection, if one more is allowed; call it with the lock held."""
@@ -219,15 +247,17 @@ class Pool(ThreadedConnectionPool):
                 connection.token = token
             except Exception as error:
                 attempt.error = error
-            with self._changed:
+            with self._lock:
                 self._attempts -= 1
                 attempt.is_over = True
                 self._failing = connection is None
                 if connection:
                     self._pool.append(connection)
+                    self._hand_over()
                 else:
                     self._budget.give_back(token)
-                self._changed.notify_all()
+                for waiter in self._waiters:
+                    waiter.notify()
 
         # Aside, so that a slow connect keeps nobody from a connection that comes free meanwhile.
         try:

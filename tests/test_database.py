@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from benchmarks.drill import TIMEOUTS, durability_drill, fault_drill
+from signup.config import Config
+from signup.metrics import Metrics
+from signup.pool import Budget, Pool
 
 from .faults import FAULTS, end_connections
 from .load import Load
@@ -204,3 +207,25 @@ def test_a_start_gives_up_with_a_clear_line() -> None:
     ]
     assert "waiting for the database" in done.stdout
     assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_who_waits_first_is_served_first(url: str) -> None:
+    config = Config.from_env({"DATABASE_URL": url})
+    pool = Pool(config, 1, Budget(1, None), Metrics(config))
+    served: list[str] = []
+
+    def use(name: str) -> None:
+        with pool.connection(30):
+            served.append(name)
+
+    with ThreadPoolExecutor(3) as executor:
+        with pool.connection(30):
+            waits = []
+            for number in range(3):
+                waits.append(executor.submit(use, f"waiter {number}"))
+                wait_until(lambda: len(pool._waiters) == len(waits))
+        use("newcomer")  # which asks before the others can have noticed
+        for wait in waits:
+            wait.result()
+    assert served == ["waiter 0", "waiter 1", "waiter 2", "newcomer"]
+    pool.closeall()
