@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests capacity dashboards image-check kubernetes-rules clean \
+.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests bench capacity dashboards image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -56,6 +57,14 @@ load-tests: $(READY)
 	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/locust --locustfile benchmarks/locustfile.py --headless \
 		--host $(HOST) --stop-timeout 30 --html $(REPORT)
 
+bench: $(READY) $(PEERS)/.ready ## This service beside its peers; ROUNDS= and SECONDS= of each
+	$(BIN)/python -m benchmarks.bench
+
+$(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 capacity: $(READY) ## What one core and one machine can do, and with a million rows
 	$(BIN)/python -m benchmarks.capacity
 
@@ -85,7 +94,7 @@ compose-logs: ## What the containers say
 	docker compose logs --follow
 
 clean: ## Removes the environment and the caches, and keeps the data
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,0 +1,246 @@
+"""`make bench`: this service beside its peers, on this machine and the same PostgreSQL.
+
+Every round runs all of them one after another, each with a database of its own, so that what else
+the machine does meets all; ratios are taken within a round. Each answer of 201 must be a row.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from urllib.parse import parse_qs, urlsplit
+
+import requests
+
+from signup.config import Config
+from signup.database import create_schema
+from signup.process import TICKS, Stat
+from tests.programs import free_port
+from tests.service import GUNICORN, ROOT, Postgres, execute, wait_until
+
+from .wrk import spread, wrk
+
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+SECONDS = int(os.environ.get("SECONDS", "5"))  # of each measurement
+CLIENTS = 32
+PEERS = ROOT / "benchmarks/peers"
+PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
+MEGABYTE = 2**20
+OURS = "this service"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How to start one; {port} and {folder}, an empty one, are filled in."""
+
+    name: str
+    command: tuple[str, ...]
+    cwd: Path = PEERS
+    env: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured in one round; times in seconds."""
+
+    rate: float  # signups a second
+    p50: float
+    p99: float
+    cpu: float  # for a signup, of all processes of the service
+    memory: float  # private bytes of a worker
+
+
+GTHREAD = (str(PEERS_PYTHON), "-m", "gunicorn", "--bind=127.0.0.1:{port}")
+CONTENDERS = (
+    Contender(
+        OURS,
+        (*GUNICORN, "--bind=127.0.0.1:{port}", "app:app"),
+        ROOT,
+    ),
+    Contender(
+        "the same without metrics",
+        (*GUNICORN, "--bind=127.0.0.1:{port}", "benchmarks.peers.without_metrics:app"),
+        ROOT,
+    ),
+    Contender(
+        "Flask, flask-exporter",
+        (*GTHREAD, "--config=flask_exporter.conf.py", "flask_exporter:app"),
+        env=(("PROMETHEUS_MULTIPROC_DIR", "{folder}"),),
+    ),
+    Contender(
+        "FastAPI, asyncpg",
+        (
+            *(str(PEERS_PYTHON), "-m", "uvicorn", "--host=127.0.0.1", "--port={port}"),
+            *("--workers=2", "--no-access-log", "--loop=uvloop", "--http=httptools"),
+            "fastapi_app:app",
+        ),
+        env=(("PROMETHEUS_MULTIPROC_DIR", "{folder}"),),
+    ),
+)
+
+
+def children(pid: int) -> list[int]:
+    """The live processes that `pid` has started."""
+    pids: list[int] = []
+    with contextlib.suppress(FileNotFoundError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    return pids
+
+
+def cpu(pid: int) -> float:
+    """CPU seconds of `pid` and its children, ended ones included."""
+    own = Stat.read(pid)
+    return (own.cpu + own.reaped_cpu + sum(Stat.read(p).cpu for p in children(pid))) / TICKS
+
+
+def private_memory(pid: int) -> float:
+    """Bytes that nothing else shares."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M)) * 1024
+
+
+@contextlib.contextmanager
+def running(contender: Contender, url: str) -> Iterator[tuple[str, int]]:
+    """The service's URL and its main process."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="signup-bench-") as folder:
+
+        def fill(text: str) -> str:
+            return text.format(port=port, folder=folder)
+
+        process = subprocess.Popen(
+            [fill(part) for part in contender.command],
+            cwd=contender.cwd,
+            env=os.environ
+            | {"DATABASE_URL": url, "WEB_CONCURRENCY": "2"}
+            | {name: fill(value) for name, value in contender.env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_until(lambda: answers(address))
+            yield address, process.pid
+        finally:
+            process.terminate()
+            process.wait(timeout=40)
+
+
+def answers(address: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(f"{address}/signup", timeout=10).status_code == 405
+    return False
+
+
+def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int) -> Result:
+    url = postgres.new_database()
+    create_schema(Config.from_env({"DATABASE_URL": url}))
+    with running(contender, url) as (address, pid):
+        warm = wrk(address, clients, 2)
+        rows, before = settled_rows(url), cpu(pid)
+        run = wrk(address, clients, seconds)
+        stored, used = settled_rows(url) - rows, cpu(pid) - before
+        workers = sorted((private_memory(p) for p in children(pid)), reverse=True)[:2]
+    assert warm.refused == warm.unanswered == run.refused == run.unanswered == 0, (warm, run)
+    # What is in flight when wrk ends is stored, and not counted by it.
+    assert run.created <= stored <= run.created + clients, (run, stored)
+    return Result(run.rate, run.p50, run.p99, used / stored, sum(workers) / len(workers))
+
+
+def settled_rows(url: str) -> int:
+    """The number of rows, once none comes any more."""
+    rows = -1
+
+    def settled() -> bool:
+        nonlocal rows
+        before, rows = rows, int(execute(url, "SELECT count(*) FROM users")[0][0])
+        return before == rows
+
+    wait_until(settled)
+    return rows
+
+
+def pgbench(postgres: Postgres, seconds: int) -> float:
+    """The same INSERT by pgbench, 25 clients: a second."""
+    url = postgres.new_database()
+    create_schema(Config.from_env({"DATABASE_URL": url}))
+    parts = urlsplit(url)
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        script.write(
+            "\\set a random(1, 1000000000)\n\\set b random(1, 1000000000)\n"
+            "INSERT INTO users (email, first_name, last_name)"
+            " VALUES (:a || '-' || :b || '@example.com', 'John', 'Doe')"
+            " ON CONFLICT (lower(email)) DO NOTHING RETURNING id;\n"
+        )
+        script.flush()
+        done = subprocess.run(
+            [
+                *(wheel_program("pgbench"), "--no-vacuum", "--client=25", "--jobs=2"),
+                *(f"--time={seconds}", f"--file={script.name}"),
+                f"--host={parse_qs(parts.query)['host'][0]}",
+                *(f"--username={parts.username}", parts.path[1:]),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    (rate,) = re.findall(r"^tps = ([\d.]+)", done.stdout, re.M)
+    return float(rate)
+
+
+def wheel_program(name: str) -> Path:
+    """A program of the PostgreSQL that the tests use."""
+    (path,) = Path(sys.prefix).glob(f"lib/python*/site-packages/*/pginstall18/bin/{name}")
+    return path
+
+
+def main() -> None:
+    if shutil.which("wrk") is None:
+        sys.exit("missing: wrk (apt-get install wrk)")
+    results: dict[str, list[Result]] = {contender.name: [] for contender in CONTENDERS}
+    ceiling: list[float] = []
+    with Postgres() as postgres:
+        for number in range(ROUNDS):
+            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
+            for contender in CONTENDERS:
+                execute(postgres.url, "CHECKPOINT")
+                results[contender.name].append(measure(contender, postgres, CLIENTS, SECONDS))
+            ceiling.append(pgbench(postgres, SECONDS))
+    report(results, ceiling)
+
+
+def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
+    """A table: medians, with the least and the most; ratios of this service to each."""
+
+    def ratio(name: str, figure: Callable[[Result], float]) -> str:
+        pairs = zip(results[OURS], results[name], strict=True)
+        return f"{median(figure(ours) / figure(theirs) for ours, theirs in pairs):.2f}"
+
+    columns: tuple[tuple[str, Callable[[Result], float], Callable[[float], str]], ...] = (
+        ("signups/s", lambda r: r.rate, "{:.0f}".format),
+        ("p50 ms", lambda r: r.p50 * 1000, "{:.1f}".format),
+        ("p99 ms", lambda r: r.p99 * 1000, "{:.1f}".format),
+        ("CPU ms", lambda r: r.cpu * 1000, "{:.2f}".format),
+        ("MB a worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
+    )
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores, {CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
+    for name, rounds in results.items():
+        print(name)
+        for column, figure, form in columns:
+            text = spread([figure(result) for result in rounds], form)
+            print(f"  {column:12} {text:26} x {ratio(name, figure)}")
+    print("the same INSERT by pgbench, 25 clients")
+    print(f"  {'signups/s':12} {spread(ceiling, '{:.0f}'.format)}")
+
+
+if __name__ == "__main__":
+    main()
