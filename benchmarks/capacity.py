@@ -11,10 +11,10 @@ from pathlib import Path
 
 from signup.config import Config
 from signup.database import create_schema
-from signup.process import TICKS, Stat
 from tests.load import scrape_time
 from tests.service import Postgres, Service, execute, wait_until
 
+from .bench import cpu, settled_rows
 from .wrk import Run, spread, wrk
 
 ROUNDS = 5
@@ -46,11 +46,12 @@ class Case:
             wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
             with self.pin(service):
                 wrk(service.url, self.clients, 1)  # until each connection is there
-                before, database_before = service.quiet_metrics(), database_cpu(postgres)
-                rows = count(self.url)
+                rows, before = settled_rows(self.url), service.quiet_metrics()
+                pids = service.process.pid, postgres.pids()[0]
+                used = [cpu(pid) for pid in pids]
                 run = wrk(service.url, self.clients, seconds)
-                now, database_now = service.quiet_metrics(), database_cpu(postgres)
-                signups = count(self.url) - rows
+                signups, now = settled_rows(self.url) - rows, service.quiet_metrics()
+                used = [cpu(pid) - start for pid, start in zip(pids, used, strict=True)]
                 self.scrapes.append(scrape_time(service, times=30))
 
         def grown(name: str) -> float:
@@ -63,18 +64,8 @@ class Case:
         query = "database_query_duration_seconds"
         self.runs.append(run)
         self.inserts.append(grown(f"{query}_sum") / grown(f"{query}_count"))
-        self.cpu.append(grown("process_cpu_seconds_total") / signups)
-        self.database_cpu.append((database_now - database_before) / signups)
-
-
-def count(url: str) -> int:
-    return int(execute(url, "SELECT count(*) FROM users")[0][0])
-
-
-def database_cpu(postgres: Postgres) -> float:
-    """CPU seconds of PostgreSQL so far, those of ended processes included."""
-    stats = [Stat.read(pid) for pid in postgres.pids()]
-    return (sum(stat.cpu for stat in stats) + stats[0].reaped_cpu) / TICKS
+        self.cpu.append(used[0] / signups)
+        self.database_cpu.append(used[1] / signups)
 
 
 def milliseconds(seconds: float) -> str:
