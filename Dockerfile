@@ -1,9 +1,9 @@
-FROM python:3.13-slim-bookworm AS build
+FROM python:3.13.5-slim-bookworm AS build
 RUN python -m venv /venv
 COPY requirements.txt .
 RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 
-FROM python:3.13-slim-bookworm
+FROM python:3.13.5-slim-bookworm
 LABEL org.opencontainers.image.title="signup" \
       org.opencontainers.image.description="Signups over HTTP, stored in PostgreSQL, measured for Prometheus"
 COPY --from=build /venv /venv

@@ -153,5 +153,5 @@ def test_images_are_pinned() -> None:
             assert re.search(r":v?\d+\.\d+(\.\d+)?$", service["image"]), name
     assert (
         re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-        == ["python:3.13-slim-bookworm"] * 2
+        == ["python:3.13.5-slim-bookworm"] * 2
     )
