@@ -290,10 +290,12 @@ class Service(Client):
 
     def metric_files(self, pid: int) -> set[Path]:
         """The files of metrics that the worker `pid` has open."""
+        files = set()
         with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended
-            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
-            return {link for link in links if link.suffix == ".db"}
-        return set()
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a file that was closed meanwhile
+                    files.add(link.readlink())
+        return {file for file in files if file.suffix == ".db"}
 
     def metrics_folder(self) -> Path:
         """Where the workers keep their metrics."""
