@@ -30,7 +30,7 @@ logs.configure(settings.log_level)
 bind = f"0.0.0.0:{settings.port}"
 workers = settings.workers
 threads = settings.threads
-worker_class = Worker  # gunicorn's gthread, with threads that don't wait for slow clients
+worker_class = Worker  # gunicorn's gevent worker, on which slow clients cost the others nothing
 # Each worker must make its metrics and connections itself, after the fork.
 preload_app = False
 # One queue of connections for all workers: with a queue each, a worker that ends resets the
@@ -86,9 +86,6 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker, before it loads the application."""
-    # gthread's own handler of INT and QUIT takes a lock that is not reentrant: with a second
-    # signal, or one that interrupts the hand-over of a request, the worker hangs until killed.
-    worker.handle_quit = _quit
     # Until gunicorn sets the worker's handlers, the master's would swallow what ends a worker.
     for number in ENDINGS:
         signal.signal(number, _quit)
@@ -108,8 +105,8 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def _quit(number: int, _: object) -> None:
-    if number == signal.SIGINT:  # Ctrl-C reaches every process of the terminal;
-        return  # the master, which it reaches as well, sends QUIT
+    if number == signal.SIGINT:  # as in Worker.handle_quit
+        return
     for ending in ENDINGS:
         signal.signal(ending, lambda *_: None)  # SIG_IGN would print an error for a pending one
     sys.exit(0)

@@ -14,8 +14,7 @@ def create_app(config: Config | None = None) -> Flask:
     """
     config = config or Config.from_env()
     app = Flask(__name__, static_folder=None)
-    # One byte more, since werkzeug cuts a chunked body off there without a word: see views.
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes + 1
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.url_map.merge_slashes = False  # //signup is another path: 404, not a redirect
     logs.init_app(app, config)
     metrics.init_app(app, config)

@@ -76,7 +76,7 @@ class Config:
             metrics_sample_interval=seconds("METRICS_SAMPLE_INTERVAL", 1.0, 0.01, 60),
             max_body_bytes=whole("MAX_BODY_BYTES", 16384, 1, 2**20),
             workers=whole("WEB_CONCURRENCY", min(max(2, cores), max_connections), 1, 256),
-            threads=whole("WEB_THREADS", 16, 1, 256),
+            threads=whole("WEB_THREADS", 128, 1, 1000),
             log_level=read(
                 "LOG_LEVEL",
                 "info",

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
@@ -10,11 +11,12 @@ from typing import Any
 
 import psycopg2
 from flask import Flask
+from psycopg2 import errors
 
 from . import slots
 from .config import Config, ConfigError
 from .metrics import Metrics
-from .pool import Budget, Pool, connect
+from .pool import Budget, Connection, Pool, connect
 from .validation import Signup
 
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -30,6 +32,12 @@ INSERT INTO users (email, first_name, last_name) VALUES (%s, %s, %s)
 ON CONFLICT (lower(email)) DO NOTHING
 RETURNING {", ".join(COLUMNS)}
 """
+# To plan the INSERT takes as long as to execute it, so a connection has it planned once. The name
+# goes with the text: behind a pooler, another version of the service may have left its own.
+PLANNED = INSERT % ("$1", "$2", "$3")
+NAME = f"insert_user_{zlib.crc32(PLANNED.encode()):08x}"
+PREPARE = f"PREPARE {NAME} (text, text, text) AS {PLANNED};"
+EXECUTE = f"EXECUTE {NAME} (%s, %s, %s)"
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +77,8 @@ class Database:
         """
         with self.pool.connection(self._config.database_pool_timeout) as connection:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
-            with self._metrics.insert_duration.time(), connection.cursor() as cursor:
-                cursor.execute(INSERT, signup)
-                row = cursor.fetchone()
+            with self._metrics.insert_duration.time():
+                row = _insert(connection, signup)
         if row is None:
             raise DuplicateEmail
         return {
@@ -91,6 +98,25 @@ class Database:
         while not pause.wait(self._config.metrics_sample_interval):
             for state, count in self.pool.usage().items():
                 self._metrics.connections[state].set(count)
+
+
+def _insert(connection: Connection, signup: Signup) -> tuple[Any, ...] | None:
+    with connection.cursor() as cursor:
+        if connection.prepared is not False:
+            # Whichever of these it is refused with, nothing has been stored.
+            try:
+                cursor.execute(EXECUTE if connection.prepared else PREPARE + EXECUTE, signup)
+                connection.prepared = True
+                return cursor.fetchone()
+            except errors.DuplicatePreparedStatement:  # the first INSERT after PREPARE has failed
+                connection.prepared = True
+            except (
+                errors.InvalidSqlStatementName,  # another connection of a pooler such as PgBouncer
+                errors.FeatureNotSupported,  # the table's columns have changed since
+            ):
+                connection.prepared = False
+        cursor.execute(INSERT, signup)
+        return cursor.fetchone()
 
 
 def init_app(app: Flask, config: Config) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from time import monotonic, perf_counter
 
 import psycopg2
+from gevent import get_hub, getcurrent, monkey
+from gevent.socket import wait_read, wait_write
 from psycopg2 import extensions
 from psycopg2.pool import ThreadedConnectionPool
 
@@ -26,6 +28,9 @@ TOKEN_POLL = 0.05  # seconds between two tries for what only another worker can 
 CONNECT_GRACE = 1.0  # seconds for a new connection after the request that asked for it has given up
 
 
+poll = monkey.get_original("select", "poll")
+
+
 class PoolTimeout(Exception):
     """No connection came free in time."""
 
@@ -34,6 +39,7 @@ class Connection(extensions.connection):
     """A connection whose every wait ends at `deadline` (of time.monotonic)."""
 
     token = 0  # its part of the budget
+    prepared: bool | None = None  # for signup.database: whether it has its statement, if known
 
     def __init__(self, dsn: str, *, deadline: float) -> None:
         self.deadline = deadline
@@ -42,15 +48,22 @@ class Connection(extensions.connection):
 
 def _wait(connection: Connection) -> None:
     # libpq has no time limit for a statement on the client's side: without this one a paused
-    # server would hold a thread forever. What is raised here closes the connection.
+    # server would hold a request forever. What is raised here closes the connection.
+    late = psycopg2.OperationalError("the database did not answer in time")
     while (state := connection.poll()) != extensions.POLL_OK:
-        poller = select.poll()
-        poller.register(
-            connection.fileno(),
-            select.POLLIN if state == extensions.POLL_READ else select.POLLOUT,
-        )
-        if not poller.poll(max(0.0, connection.deadline - monotonic()) * 1000):
-            raise psycopg2.OperationalError("the database did not answer in time")
+        left = max(0.0, connection.deadline - monotonic())
+        reads = state == extensions.POLL_READ
+        if getcurrent().parent:  # in a greenlet, beside which others go on
+            (wait_read if reads else wait_write)(connection.fileno(), left, late)
+        elif not _poll(connection, select.POLLIN if reads else select.POLLOUT, left):
+            raise late
+
+
+def _poll(connection: Connection, event: int, seconds: float = 0) -> bool:
+    # The kernel's own: gevent's takes twenty times as long to find that nothing is there.
+    poller = poll()
+    poller.register(connection.fileno(), event)
+    return bool(poller.poll(seconds * 1000))
 
 
 extensions.set_wait_callback(_wait)
@@ -74,6 +87,14 @@ def connect(config: Config, deadline: float) -> Connection:
     )
     connection.autocommit = True
     return connection
+
+
+def _try(config: Config, deadline: float) -> Connection | Exception:
+    # What a thread of gevent's pool raises is printed, whoever may catch it.
+    try:
+        return connect(config, deadline)
+    except Exception as error:
+        return error
 
 
 class Budget:
@@ -175,9 +196,7 @@ class Pool(ThreadedConnectionPool):
         while True:
             connection = self._take(deadline)
             # Nothing is due from an idle server, so what there is to read is its farewell.
-            poller = select.poll()
-            poller.register(connection.fileno(), select.POLLIN)
-            if not poller.poll(0):
+            if not _poll(connection, select.POLLIN):
                 return connection
             connection.close()
             self._release(connection)
@@ -241,30 +260,24 @@ class Pool(ThreadedConnectionPool):
         attempt = Attempt()
 
         def run() -> None:
-            connection = None
-            try:
-                connection = connect(self._config, deadline + CONNECT_GRACE)
-                connection.token = token
-            except Exception as error:
-                attempt.error = error
+            # In a thread of the system, since libpq looks up names without asking `_wait`.
+            opened = get_hub().threadpool.apply(_try, (self._config, deadline + CONNECT_GRACE))
             with self._lock:
                 self._attempts -= 1
                 attempt.is_over = True
-                self._failing = connection is None
-                if connection:
-                    self._pool.append(connection)
-                    self._hand_over()
-                else:
+                self._failing = isinstance(opened, Exception)
+                if isinstance(opened, Exception):
+                    attempt.error = opened
                     self._budget.give_back(token)
+                else:
+                    opened.token = token
+                    self._pool.append(opened)
+                    self._hand_over()
                 for waiter in self._waiters:
                     waiter.notify()
 
         # Aside, so that a slow connect keeps nobody from a connection that comes free meanwhile.
-        try:
-            threading.Thread(target=run, name="pool-connect", daemon=True).start()
-        except RuntimeError:  # no more threads
-            self._budget.give_back(token)
-            raise
+        threading.Thread(target=run, name="pool-connect", daemon=True).start()
         self._attempts += 1
         return attempt
 

@@ -37,10 +37,14 @@ def one_path_one_resource() -> None:
 # Flask would answer OPTIONS by itself; the contract says 405.
 @bp.route("/signup", methods=["POST"], provide_automatic_options=False)
 def signup() -> Response:
-    body = request.get_data(cache=False)
-    # What is missing of a body, werkzeug does not tell; the beginning of one may be JSON as well.
-    length = max(len(body), request.content_length or 0)
-    if length == current_app.config["MAX_CONTENT_LENGTH"]:
+    # Past werkzeug, which cuts a chunked body off at its limit without a word, and does not tell
+    # when the end of one is missing; the beginning may be JSON as well.
+    limit, length = current_app.config["MAX_CONTENT_LENGTH"], request.content_length or 0
+    try:
+        body = request.environ["wsgi.input"].read(limit + 1)
+    except (OSError, ParseException) as error:  # chunks that break the rules
+        raise InvalidBody from error
+    if max(length, len(body)) > limit:
         raise RequestEntityTooLarge
     if len(body) < length:
         raise InvalidBody
@@ -120,11 +124,9 @@ def not_found(_: NotFound) -> Response:
     return _error(404, "", "not found")
 
 
-@bp.app_errorhandler(ParseException)
 @bp.app_errorhandler(HTTPException)
-def bad_request(_: Exception) -> Response:
-    # What else werkzeug raises is a request that it can't make sense of, or a body cut short;
-    # gunicorn raises for chunks that break the rules, once the body is read.
+def bad_request(_: HTTPException) -> Response:
+    # What else werkzeug raises is a request that it can't make sense of.
     return _error(400, "invalid_json", "invalid request body")
 
 

@@ -1,34 +1,40 @@
-"""gunicorn's threaded worker, made fair to the other clients of a slow one.
+"""gunicorn's gevent worker, made fair to the other clients of a slow one, and gentle at its end.
 
-gthread gives a connection a thread as soon as its first byte is there: as many clients as there
-are threads, each sending a byte a second, and nobody else is served. And its event loop waits up
-to two seconds for each peer that is slow to close. Here a request gets a thread once all of it
-has arrived, and what comes before and after waits in the event loop, where it costs nothing.
+A connection has a greenlet, which waits until all of a request has arrived, and only then takes one
+of the worker's WEB_THREADS turns: who sends a byte a second costs the others nothing. gunicorn's
+own drops connections that nobody has accepted yet when it stops, and closes others without waiting
+for the peer, which may reset the answer away.
 """
 
 import contextlib
+import errno
 import io
 import re
-import select
+import signal
 import socket
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from enum import Enum
 from functools import partial
-from selectors import EVENT_READ
 from time import monotonic
 from typing import Any
 
+import gevent
+from gevent.lock import BoundedSemaphore
+from gevent.pool import Pool
+from gevent.server import StreamServer
 from gunicorn import util
-from gunicorn.http.errors import ParseException
-from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
+from gunicorn.http import get_parser
+from gunicorn.http.errors import NoMoreData, ParseException
+from gunicorn.workers.ggevent import GeventWorker
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from .config import Config
 
 RECEIVE_TIMEOUT = 30.0  # seconds for a request to arrive; the connection is closed after that
+SEND_TIMEOUT = 30.0  # seconds for the peer to take some more of an answer
 CLOSE_TIMEOUT = 2.0  # seconds for the peer to close; to be first could reset the answer away
+STOP_TIMEOUT = 2.0  # seconds for a request to arrive while the worker stops
 MAX_HEAD = 65536  # bytes of request line and headers; twice what nginx lets through
 MAX_CHUNKS = 1024  # of a body; they are counted anew whenever some of it arrives
 
@@ -37,6 +43,8 @@ EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-f]{1,8})[^\r\n]*\r\n", re.IGNORECASE)
+
+GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN}
 
 
 class Arrival(Enum):
@@ -51,7 +59,7 @@ class Arrival(Enum):
 def arrival(data: bytes, max_body: int) -> Arrival:
     """How much `data` holds of the HTTP/1.1 request that it starts with (RFC 9112).
 
-    It decides no more than when to wait: a thread sees what is there, and then an end.
+    It decides no more than when to wait: the parser sees what is there, and then an end.
     """
     end = data.find(b"\r\n\r\n")
     if end < 0:
@@ -92,133 +100,161 @@ def _chunks(data: bytes, position: int, max_body: int) -> Arrival:
     return Arrival.BODY_TOO_LARGE
 
 
-class Worker(ThreadWorker):
-    """A thread for each request, not for each connection."""
+class Worker(GeventWorker):
+    """A greenlet for each connection, and a turn for each request."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._max_body = Config.from_env().max_body_bytes
+        self._waiting: set[Any] = set()  # connections whose next request has not arrived
         self.retire: Callable[[], None] = lambda: None  # called when the worker starts to stop
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
-        """At the start: refuse TLS, whose handshake would wait in the event loop."""
+        """At the start: refuse TLS, which this worker does not speak."""
         if cfg.is_ssl:
             sys.exit("certfile, keyfile: the service speaks plain HTTP; TLS belongs to the proxy")
 
-    def enqueue_req(self, conn: Any) -> None:
-        """In the event loop: `conn` is new, is readable, or has read ahead."""
-        if not conn.initialized:
-            conn.init()
-            conn.closing = False
-            conn.deadline = None
-            # Whatever `arrival` says, no thread waits for a client: where nothing is left to read,
-            # it reads an end, and the parser makes an error of that.
-            conn.parser.unreader.chunk = lambda size_hint=None: b""
-        received = self._receive(conn)
-        if received == b"" and (conn.closing or not conn.parser.unreader.buf.tell()):
-            self._close(conn)
-        elif conn.closing:
-            self._wait(conn, CLOSE_TIMEOUT)
-        else:
-            data = conn.parser.unreader.buf.getvalue()
-            conn.arrival = arrival(data, self._max_body)
-            if conn.arrival is Arrival.BODY_TOO_LARGE:
-                conn.parser.unreader.chunk = _too_large
-            if conn.arrival is Arrival.PARTIAL and received != b"":
-                if _asks(data):
-                    with contextlib.suppress(OSError):
-                        conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self._wait(conn, RECEIVE_TIMEOUT)
-            else:
-                conn.deadline = None
-                super().enqueue_req(conn)
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """End at once; but Ctrl-C reaches every process of the terminal, and the master asks."""
+        if sig != signal.SIGINT:
+            super().handle_quit(sig, frame)
 
-    def handle(self, conn: Any) -> Any:
-        """In a thread: answer the request that has arrived."""
-        if conn.arrival is Arrival.HEAD_TOO_LARGE:
-            conn.sock.setblocking(True)
-            util.write_error(conn.sock, 431, "Request Header Fields Too Large", "")
-            return False
-        return super().handle(conn)
-
-    def handle_request(self, req: Any, conn: Any) -> Any:
-        req._expected_100_continue = False  # the body is here, or is not wanted
-        return super().handle_request(req, conn)
-
-    def finish_request(self, conn: Any, future: "Future[Any]") -> None:
-        """In the event loop: keep the connection, or end it as RFC 9112, section 9.6, says."""
-        if not future.cancelled() and future.exception() is None and future.result():
-            super().finish_request(conn, future)
-            return
-        try:
-            conn.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._close(conn)
-        else:
-            conn.closing = True
-            self.enqueue_req(conn)
-
-    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
-        # What is left of a request that did not come as a whole must not pass for the next one.
-        whole = conn.arrival is Arrival.WHOLE
-        try:
-            return whole and bool(super()._keepalive_after(conn, keepalive))
-        except ParseException:  # in a body that nobody read; the answer to it has been sent
-            return False
-
-    def _cap_keepalive(self, deadline: float) -> None:
-        # The worker stops: what has not arrived by `deadline` will not be waited for either.
+    def run(self) -> None:
+        """Serve for as long as the worker is wanted; then answer what has arrived, and end."""
+        # Config computes a setting for each look, and a request takes thirty.
+        self.cfg.__dict__.update({name: each.get() for name, each in self.cfg.settings.items()})
+        self._turns = BoundedSemaphore(self.cfg.threads)
+        servers = [self._serve(listener) for listener in self.sockets]
+        while self.alive:
+            self.notify()
+            gevent.sleep(0.2)
         self.retire()
-        self._stop_listening()
-        super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:
-            conn.timeout = min(conn.timeout, deadline)
+        gevent.spawn_later(STOP_TIMEOUT, self._hang_up)
+        for server in servers:
+            self._stop_listening(server)
+        give_up = monotonic() + self.cfg.graceful_timeout
+        while any(server.pool for server in servers) and monotonic() < give_up:
+            self.notify()
+            for server in servers:
+                server.pool.join(timeout=0.2)
 
-    def _stop_listening(self) -> None:
+    def _serve(self, listener: Any) -> StreamServer:
+        name = listener.getsockname()  # which a closed one can't tell any more
+        connections = Pool(self.worker_connections)
+        server = StreamServer(listener, partial(self.handle, name), spawn=connections)
+        server.max_accept = 1  # at a time, so that the other workers get some
+        server.start()
+        return server
+
+    def _stop_listening(self, server: StreamServer) -> None:
         # The kernel has connections that nobody has accepted, maybe with a request in them: when
         # the last worker of a service closes its listener, they are reset. So they are accepted
         # first, and who connects later is refused at once, and knows that nothing was executed.
-        for listener in self.sockets:
-            poller = select.poll()
-            poller.register(listener, select.POLLIN)
-            while poller.poll(0):
-                self.accept(listener)
-            listener.close()
+        server.stop_accepting()
+        while (accepted := server.do_read()) is not None:
+            server.do_handle(*accepted)
+        server.close()
 
-    def _receive(self, conn: Any) -> bytes | None:
-        """What has come since, which is also in the parser's buffer; None: nothing, b"": an end."""
-        buffer = conn.parser.unreader.buf
-        buffer.seek(0, io.SEEK_END)
-        conn.sock.setblocking(False)
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """All of a connection, in its greenlet; `listener` and `addr` are the two addresses."""
         try:
-            received: bytes = conn.sock.recv(65536)
-        except BlockingIOError:
+            self._converse(listener, client, addr)
+        except TimeoutError:  # the peer takes no answer
+            pass
+        except OSError as error:
+            if error.errno not in GONE:
+                self.log.exception("Socket error processing request.")
+        finally:
+            _close(client)
+
+    def _converse(self, listener: Any, client: Any, addr: Any) -> None:
+        parser = get_parser(self.cfg, client, addr)
+        while True:
+            state = self._receive(client, parser.unreader)
+            if state is None:
+                return
+            client.settimeout(SEND_TIMEOUT)
+            if state is Arrival.HEAD_TOO_LARGE:
+                util.write_error(client, 431, "Request Header Fields Too Large", "")
+                return
+            # Whatever `arrival` says, nobody waits for the client any more: where nothing is left
+            # to read, the parser reads an end, and makes an error of that.
+            parser.unreader.chunk = _too_large if state is Arrival.BODY_TOO_LARGE else _nothing
+            request = None
+            try:
+                request = next(parser)
+                request._expected_100_continue = False  # the body is here, or is not wanted
+                with self._turns:
+                    self.handle_request(listener, request, client, addr)
+                # What is left of a request that did not come as a whole is not the next one.
+                if state is not Arrival.WHOLE or not parser.finish_body():
+                    return
+            except (NoMoreData, StopIteration):
+                return
+            except OSError:
+                raise
+            except Exception as error:
+                # Where nobody has read a body, its errors are seen once the answer is sent.
+                if request is None or not isinstance(error, ParseException):
+                    self.handle_error(request, client, addr, error)
+                return
+
+    def _receive(self, client: Any, unreader: Any) -> Arrival | None:
+        """Wait for the next request in the parser's buffer; None: there is none to answer."""
+        deadline = monotonic() + self._patience(self.cfg.keepalive)
+        begun = False
+        self._waiting.add(client)
+        try:
+            while True:
+                data = unreader.buf.getvalue()
+                if data:
+                    state = arrival(data, self._max_body)
+                    if state is not Arrival.PARTIAL:
+                        return state
+                    if not begun:
+                        begun, deadline = True, monotonic() + self._patience(RECEIVE_TIMEOUT)
+                    if _asks(data):
+                        client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                client.settimeout(max(0.001, deadline - monotonic()))
+                received = client.recv(65536)
+                if not received:
+                    return Arrival.PARTIAL if data and client in self._waiting else None
+                unreader.buf.seek(0, io.SEEK_END)
+                unreader.buf.write(received)
+        except TimeoutError:
             return None
-        except OSError:
-            return b""
-        if not conn.closing:
-            buffer.write(received)
-        return received
+        finally:
+            self._waiting.discard(client)
 
-    def _wait(self, conn: Any, seconds: float) -> None:
-        if conn.deadline is None:
-            conn.deadline = monotonic() + (seconds if self.alive else STOP_KEEPALIVE_LINGER)
-        conn.timeout = conn.deadline
-        self.pending_conns.append(conn)
-        readable = partial(self.on_pending_socket_readable, conn)
-        self.poller.register(conn.sock, EVENT_READ, readable)
+    def _patience(self, seconds: float) -> float:
+        return seconds if self.alive else STOP_TIMEOUT
 
-    def _close(self, conn: Any) -> None:
-        self.nr_conns -= 1
-        conn.close()
+    def _hang_up(self) -> None:
+        while self._waiting:
+            with contextlib.suppress(OSError):
+                self._waiting.pop().shutdown(socket.SHUT_RD)
+
+
+def _close(client: Any) -> None:
+    # As RFC 9112, section 9.6, says: an end, then what the peer may still send, then the close.
+    with contextlib.suppress(OSError), gevent.Timeout(CLOSE_TIMEOUT, False):
+        client.settimeout(None)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(65536):
+            pass
+    client.close()
 
 
 def _asks(data: bytes) -> bool:
     # Whether the client waits for 100 Continue (RFC 9110, section 10.1.1). gunicorn sends it once
-    # a thread has the request, and that has to wait for the body here.
+    # it has the request, and that has to wait for the body here.
     head = data.find(b"\r\n\r\n") == len(data) - 4
     return head and b" HTTP/1.1" in data.partition(b"\r\n")[0] and bool(EXPECTS.search(data))
+
+
+def _nothing(size_hint: int | None = None) -> bytes:
+    return b""
 
 
 def _too_large(size_hint: int | None = None) -> bytes:

@@ -51,7 +51,8 @@ def test_live_workers_never_share_a_slot(url: str) -> None:
         Service(DATABASE_URL=url, WEB_CONCURRENCY="3") as service,
         ThreadPoolExecutor(1) as executor,
     ):
-        wait_until(lambda: service.metrics().get_value("signup_workers") == 3)
+        # One that is not there yet when it is to end again would not count as a start.
+        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 3)
         with locked_table(url):
             # What it is working on keeps an old worker alive beside the new ones.
             request = executor.submit(service.signup, json=USER)
@@ -110,7 +111,8 @@ def test_term_finishes_what_is_in_flight(url: str) -> None:
 
 def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+        # Both have loaded the application, and so have their files open.
+        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 2)
         before = service.metrics()
         pids = [service.process.pid, *service.worker_pids()]
         resident = sum(proc_kilobytes(pid, "VmRSS") for pid in pids) * 1024

@@ -30,7 +30,7 @@ class Nothing:
 def create_app() -> Flask:
     config = Config.from_env()
     app = Flask("signup", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes + 1
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.url_map.merge_slashes = False
     app.extensions["metrics"] = Nothing()
     logs.init_app(app, config)
