@@ -6,7 +6,7 @@ PEERS := .venv-peers
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests bench capacity dashboards image-check kubernetes-rules clean \
+.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity dashboards image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -59,6 +59,9 @@ load-tests: $(READY)
 
 bench: $(READY) $(PEERS)/.ready ## This service beside its peers; ROUNDS= and SECONDS= of each
 	$(BIN)/python -m benchmarks.bench
+
+limits: $(READY) $(PEERS)/.ready ## From 1 to 200 clients, under scrapes, over 200,000 signups, with other settings
+	$(BIN)/python -m benchmarks.limits
 
 $(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
 	@$(PYTHON) -m venv $(PEERS)

@@ -28,6 +28,9 @@ except ConfigError as error:
 logs.configure(settings.log_level)
 
 bind = f"0.0.0.0:{settings.port}"
+# As measured (docs/performance.md): a worker for each core, and 2 at least, so that one can be
+# replaced. More turns than a worker has connections: what waits then does so in the pool, where it
+# goes in order and the metrics show it.
 workers = settings.workers
 threads = settings.threads
 worker_class = Worker  # gunicorn's gevent worker, on which slow clients cost the others nothing

@@ -143,7 +143,9 @@ class Worker(GeventWorker):
         name = listener.getsockname()  # which a closed one can't tell any more
         connections = Pool(self.worker_connections)
         server = StreamServer(listener, partial(self.handle, name), spawn=connections)
-        server.max_accept = 1  # at a time, so that the other workers get some
+        # At a time: of more, an idle worker would take all; of fewer, clients that come in hundreds
+        # would wait a second before they are accepted.
+        server.max_accept = 5
         server.start()
         return server
 

@@ -1,0 +1,176 @@
+"""`make limits`: from 1 to 200 clients, under scrapes, for long, and with other settings.
+
+It draws docs/performance*.png, and prints what docs/performance.md has in its tables.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+
+import matplotlib.pyplot as plt
+import requests
+
+from signup.config import Config
+from signup.database import create_schema
+from tests.service import ROOT, Postgres, execute, wait_until
+
+from .bench import CONTENDERS, MEGABYTE, OURS, children, cpu, private_memory, running, settled_rows
+from .wrk import Run, spread, wrk
+
+CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+SECONDS = int(os.environ.get("SECONDS", "3"))
+SIGNUPS = int(os.environ.get("SIGNUPS", "200000"))
+PEERS = tuple(contender for contender in CONTENDERS if "without" not in contender.name)
+SERVICE = CONTENDERS[0]
+
+
+def database(postgres: Postgres) -> str:
+    url = postgres.new_database()
+    create_schema(Config.from_env({"DATABASE_URL": url}))
+    return url
+
+
+def curve(postgres: Postgres) -> None:
+    """Signups a second and p99 over the number of clients; no other answer than 201."""
+    runs: dict[str, dict[int, list[Run]]] = {peer.name: {} for peer in PEERS}
+    for _ in range(ROUNDS):
+        for peer in PEERS:
+            with running(peer, database(postgres)) as (address, _):
+                wrk(address, 32, 2)
+                for clients in CLIENTS:
+                    run = wrk(address, clients, SECONDS)
+                    assert peer.name != OURS or run.refused == run.unanswered == 0, run
+                    runs[peer.name].setdefault(clients, []).append(run)
+    figure, (rates, waits) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, by_clients in runs.items():
+        print(name)
+        for clients, some in by_clients.items():
+            rate = spread([run.rate for run in some], "{:.0f}".format)
+            p99 = spread([run.p99 * 1000 for run in some], "{:.0f}".format)
+            others = sum(run.refused + run.unanswered for run in some)
+            print(f"  {clients:3} clients  {rate:22} signups/s  p99 {p99:18} ms  others {others}")
+        rates.plot(CLIENTS, [median(r.rate for r in by_clients[n]) for n in CLIENTS], "o-")
+        waits.plot(CLIENTS, [median(r.p99 * 1000 for r in by_clients[n]) for n in CLIENTS], "o-")
+    for axes, title in ((rates, "signups a second"), (waits, "p99 in milliseconds")):
+        axes.set(title=title, xlabel="clients", xscale="log", xticks=CLIENTS, ylim=0)
+        axes.set_xticklabels(map(str, CLIENTS))
+        axes.grid(alpha=0.3)
+    rates.legend(runs)
+    figure.savefig(ROOT / "docs/performance.png", dpi=100)
+
+
+def layers(postgres: Postgres) -> None:
+    """The CPU of a signup by what takes it, each the difference of two contenders."""
+    without = CONTENDERS[1]
+    alone = replace(SERVICE, command=(*SERVICE.command[:-1], "benchmarks.peers.nothing:app"))
+    costs: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        used: list[float] = []
+        for contender in (alone, without, SERVICE):
+            with running(contender, database(postgres)) as (address, pid):
+                wrk(address, 32, 2)
+                before = cpu(pid), cpu(postgres.pids()[0])
+                run = wrk(address, 32, SECONDS)
+                used.append((cpu(pid) - before[0]) / run.created * 1000)
+                server = (cpu(postgres.pids()[0]) - before[1]) / run.created * 1000
+        for name, cost in (
+            ("gunicorn, gevent, signup/worker.py", used[0]),
+            ("Flask, validation, driver, log", used[1] - used[0]),
+            ("metrics", used[2] - used[1]),
+            ("PostgreSQL", server),
+        ):
+            costs.setdefault(name, []).append(cost)
+    figure, axes = plt.subplots(figsize=(11, 2.2), layout="constrained")
+    left = 0.0
+    for name, some in costs.items():
+        print(f"{name:36} {spread(some, '{:.2f}'.format)} ms of CPU")
+        axes.barh("a signup", median(some), left=left, label=name)
+        left += max(0.0, median(some))
+    axes.set(xlabel="milliseconds of CPU")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.4))
+    figure.savefig(ROOT / "docs/performance-layers.png", dpi=100)
+
+
+@contextlib.contextmanager
+def scraped(address: str) -> Iterator[None]:
+    """Scrape once a second until the block ends."""
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(1):
+            requests.get(f"{address}/metrics", timeout=10).raise_for_status()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def scrapes(postgres: Postgres) -> None:
+    """The CPU of a scrape at 4 workers, and the p99 with and without one each second."""
+    costs, with_scrapes, without = [], [], []
+    four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
+    for _ in range(ROUNDS):
+        with running(four, database(postgres)) as (address, pid):
+            wait_until(lambda pid=pid: len(children(pid)) == 4)
+            wrk(address, 32, 2)
+            before = cpu(pid)
+            for _ in range(200):
+                requests.get(f"{address}/metrics", timeout=10).raise_for_status()
+            costs.append((cpu(pid) - before) / 200)
+        with running(SERVICE, database(postgres)) as (address, _):
+            wrk(address, 32, 2)
+            without.append(wrk(address, 32, 5).p99)
+            with scraped(address):
+                with_scrapes.append(wrk(address, 32, 5).p99)
+    form = "{:.1f}".format
+    print(f"a scrape at 4 workers: {spread([c * 1000 for c in costs], form)} ms of CPU")
+    print(f"p99 without scrapes: {spread([p * 1000 for p in without], form)} ms")
+    print(f"p99 with one a second: {spread([p * 1000 for p in with_scrapes], form)} ms")
+
+
+def memory(postgres: Postgres) -> None:
+    """Private memory of a worker over SIGNUPS signups."""
+    url = database(postgres)
+    with running(SERVICE, url) as (address, pid):
+        rows = 0
+        for part in range(5):
+            while rows < max(2000, SIGNUPS * part / 4):
+                wrk(address, 32, 2 if part == 0 else 10)
+                rows = settled_rows(url)
+            each = sorted(private_memory(worker) / MEGABYTE for worker in children(pid))
+            print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB a worker")
+        assert rows == int(execute(url, "SELECT count(*) FROM users")[0][0])
+
+
+def defaults(postgres: Postgres) -> None:
+    """Other numbers of workers, and of requests that each answers side by side."""
+    runs: dict[tuple[int, int, int], list[Run]] = {}
+    for _ in range(ROUNDS):
+        for workers, turns in ((1, 128), (2, 128), (3, 128), (4, 128), (2, 8), (2, 16), (2, 1000)):
+            env = (("WEB_CONCURRENCY", str(workers)), ("WEB_THREADS", str(turns)))
+            with running(replace(SERVICE, env=env), database(postgres)) as (address, _):
+                wrk(address, 32, 2)
+                for clients in (32, 200):
+                    run = wrk(address, clients, SECONDS)
+                    runs.setdefault((workers, turns, clients), []).append(run)
+    for (workers, turns, clients), some in runs.items():
+        rate = spread([run.rate for run in some], "{:.0f}".format)
+        p99 = spread([run.p99 * 1000 for run in some], "{:.0f}".format)
+        case = f"{workers} workers x {turns:4}, {clients:3} clients"
+        print(f"{case}  {rate:22} signups/s  p99 {p99} ms")
+
+
+if __name__ == "__main__":
+    parts = {part.__name__: part for part in (curve, layers, scrapes, memory, defaults)}
+    with Postgres() as server:
+        for name in sys.argv[1:] or parts:
+            parts[name](server)
