@@ -33,7 +33,7 @@ class Config:
     metrics_sample_interval: float  # seconds between two looks at the pool
     max_body_bytes: int
     workers: int
-    threads: int  # of each worker
+    threads: int  # greenlets of each worker that answer a request
     log_level: str
     metrics_dir: Path | None  # None: gunicorn.conf.py makes a private one
 

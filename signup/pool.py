@@ -3,6 +3,7 @@
 `ThreadedConnectionPool` raises when it is exhausted (psycopg2 issue 1220), connects while it holds
 its lock, closes what comes back beyond minconn, and hands out connections that the server has
 closed. `Pool` waits, in turn, connects aside, keeps its connections, and looks before it lends one.
+In a worker, `threading` is gevent's: its threads are greenlets.
 """
 
 import contextlib
@@ -27,8 +28,7 @@ from .metrics import Metrics
 TOKEN_POLL = 0.05  # seconds between two tries for what only another worker can give back
 CONNECT_GRACE = 1.0  # seconds for a new connection after the request that asked for it has given up
 
-
-poll = monkey.get_original("select", "poll")
+poll = monkey.get_original("select", "poll")  # the kernel's, see _poll
 
 
 class PoolTimeout(Exception):
