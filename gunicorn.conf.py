@@ -6,6 +6,7 @@ workers run the same: HUP replaces the workers, and new code needs USR2 or a res
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -99,6 +100,8 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """In the worker, once it has loaded the application."""
+    # What there is by now stays as long as the worker: the collector need not look at it again.
+    gc.freeze()
     worker.retire = worker.wsgi.extensions["database"].pool.retire
 
 

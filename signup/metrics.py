@@ -147,9 +147,10 @@ def init_app(app: Flask, config: Config) -> None:
 
     @app.after_request
     def finish(response: Response) -> Response:
-        if "started" in g:
+        started = g.get("started")
+        if started is not None:
             status = response.status_code
-            metrics.durations[status].observe(perf_counter() - g.started)
+            metrics.durations[status].observe(perf_counter() - started)
             metrics.requests[status].inc()
             if status >= 400:
                 metrics.errors[g.error_type].inc()

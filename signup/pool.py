@@ -6,13 +6,12 @@ closed. `Pool` waits, in turn, connects aside, keeps its connections, and looks 
 In a worker, `threading` is gevent's: its threads are greenlets.
 """
 
-import contextlib
 import fcntl
 import functools
 import select
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, perf_counter
 
@@ -148,6 +147,7 @@ class Pool(ThreadedConnectionPool):
     _pool: list[Connection]  # the idle ones
     _used: dict[int, Connection]  # by a key,
     _rused: dict[int, int]  # and the key by the connection's id
+    _putconn: Callable[..., None]
 
     def __init__(self, config: Config, size: int, budget: Budget, metrics: Metrics) -> None:
         super().__init__(0, size)
@@ -160,24 +160,29 @@ class Pool(ThreadedConnectionPool):
         self._failing = False  # the last attempt has failed
         self._retired = False
 
-    @contextlib.contextmanager
-    def connection(self, timeout: float) -> Iterator[Connection]:
-        """A live connection, for as long as the block runs; waits `timeout` seconds at most.
+    def acquire(self, timeout: float) -> Connection:
+        """A live connection, which `release` takes back; waits `timeout` seconds at most.
 
         Raises PoolTimeout, or psycopg2.Error when a connection can't be opened.
         """
         started = perf_counter()
         try:
-            connection = self._acquire(monotonic() + timeout)
+            return self._acquire(monotonic() + timeout)
         except PoolTimeout:
             self._metrics.pool_timeouts.inc()
             raise
         finally:
             self._metrics.pool_wait.observe(perf_counter() - started)
-        try:
-            yield connection
-        finally:
-            self._release(connection)
+
+    def release(self, connection: Connection) -> None:
+        """Take back what `acquire` gave, whatever has become of it."""
+        with self._lock:
+            self._putconn(connection, close=self._retired)  # discards one that is closed
+            if connection.closed:
+                self._budget.give_back(connection.token)
+                if self._waiters:
+                    self._waiters[0].notify()  # may open another one
+            self._hand_over()
 
     def usage(self) -> dict[str, int]:
         """The number of connections in each state."""
@@ -199,7 +204,7 @@ class Pool(ThreadedConnectionPool):
             if not _poll(connection, select.POLLIN):
                 return connection
             connection.close()
-            self._release(connection)
+            self.release(connection)
 
     def _take(self, deadline: float) -> Connection:
         """An idle connection, or the next one that is returned or new; first come, first served."""
@@ -237,15 +242,6 @@ class Pool(ThreadedConnectionPool):
             waiter = self._waiters.popleft()
             waiter.connection = self._lend()
             waiter.notify()
-
-    def _release(self, connection: Connection) -> None:
-        self.putconn(connection, close=self._retired)  # discards one that is closed
-        with self._lock:
-            if connection.closed:
-                self._budget.give_back(connection.token)
-                if self._waiters:
-                    self._waiters[0].notify()  # may open another one
-            self._hand_over()
 
     def _open(self, deadline: float) -> Attempt | None:
         """Start to open a connection, if one more is allowed; call it with the lock held."""

@@ -11,21 +11,28 @@ worker before it gives the slot away, so two live workers never share a file.
 import fcntl
 import functools
 import json
+import mmap
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import prometheus_client.values
 from prometheus_client.metrics_core import Metric
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.mmap_dict import _read_all_values
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.registry import Collector
+from prometheus_client.values import MultiProcessValue
 
 PREFIX = "signup-metrics-"
 NEW = ".new"
+
+DOUBLE = 8  # bytes
+
+Key = tuple[str, str]  # of a value: its metric's type, and what the library calls its key
 
 current: int | None = None  # this process's slot, if it is a gunicorn worker
 
@@ -100,9 +107,24 @@ def use(slot: int) -> None:
     """In a new worker, before it makes its metrics: write them under `slot`."""
     global current
     current = slot
-    prometheus_client.values.ValueClass = prometheus_client.values.MultiProcessValue(
-        process_identifier=lambda: slot
-    )
+
+    class Value(MultiProcessValue(process_identifier=lambda: slot)):  # type: ignore[misc]
+        """The library's value, without its lock and its look at the process id.
+
+        The greenlets of a worker take turns only where they wait, and its slot never changes.
+        """
+
+        _value: float
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._cells = memoryview(self._file._m).cast("d")
+            self._cell = self._file._positions[self._key] // DOUBLE
+
+        def inc(self, amount: float) -> None:
+            self._value = self._cells[self._cell] = self._value + amount
+
+    prometheus_client.values.ValueClass = Value
 
 
 def master() -> int | None:
@@ -125,18 +147,29 @@ class SlotCollector(Collector):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Where in a file which value is: files only grow, so by name and size a scrape that has
+        # seen one knows it, and needs to read no more than numbers.
+        self._layouts: dict[tuple[str, int], list[tuple[Key, int]]] = {}
 
     def collect(self) -> Iterable[Metric]:
-        totals: dict[tuple[str, str], float] = {}
+        totals: dict[Key, float] = {}
         for file in self._folder.glob("*.db"):
-            kind = file.name.partition("_")[0]
-            for key, value in _read(file):
-                totals[kind, key] = totals.get((kind, key), 0.0) + value
+            try:
+                data = _used(file)
+                layout = self._layouts.get((file.name, len(data)))
+                if layout is None:
+                    layout = self._layouts[file.name, len(data)] = _layout(file, data)
+            except (FileNotFoundError, struct.error):
+                # Dropped since the listing with its worker; or just made, and not sized yet.
+                continue
+            cells = memoryview(data).cast("d")
+            for key, cell in layout:
+                totals[key] = totals.get(key, 0.0) + cells[cell]
 
         families: dict[str, Metric] = {}
         count = 0.0
-        for (kind, key), value in totals.items():
-            name, sample, labels, help_text = _parse(key)
+        for (kind, described), value in totals.items():
+            name, sample, labels, help_text = _parse(described)
             family = families.get(name)
             if family is None:
                 family = families[name] = Metric(name, help_text, kind)
@@ -153,13 +186,18 @@ class SlotCollector(Collector):
         return families.values()
 
 
-def _read(file: Path) -> list[tuple[str, float]]:
-    try:
-        values = MmapedDict.read_all_values_from_file(str(file))
-        return [(key, value) for key, value, _, _ in values]
-    except (FileNotFoundError, struct.error):
-        # Dropped since the listing with its worker; or just made, and not sized yet.
-        return []
+def _used(file: Path) -> bytes:
+    """What of a file is in use, as its first four bytes say."""
+    with file.open("rb") as opened:
+        data = opened.read(mmap.PAGESIZE)
+        (used,) = struct.unpack_from("i", data)
+        return data[:used] if used <= len(data) else data + opened.read(used - len(data))
+
+
+def _layout(file: Path, data: bytes) -> list[tuple[Key, int]]:
+    kind = file.name.partition("_")[0]
+    values = _read_all_values(data, len(data))
+    return [((kind, key), position // DOUBLE) for key, _, _, position in values]
 
 
 @functools.cache  # of a fixed set of keys

@@ -25,26 +25,20 @@ def init_app(app: Flask) -> None:
     app.register_blueprint(bp)
 
 
-@bp.before_app_request
-def one_path_one_resource() -> None:
-    # werkzeug would put a slash in front (`POST signup?:// HTTP/1.1`) or take two for one, and
-    # serve what is not counted.
-    path = request.environ["PATH_INFO"]
-    if not path.startswith("/") or path.startswith("//"):
-        raise NotFound
-
-
 # Flask would answer OPTIONS by itself; the contract says 405.
 @bp.route("/signup", methods=["POST"], provide_automatic_options=False)
 def signup() -> Response:
     # Past werkzeug, which cuts a chunked body off at its limit without a word, and does not tell
     # when the end of one is missing; the beginning may be JSON as well.
-    limit, length = current_app.config["MAX_CONTENT_LENGTH"], request.content_length or 0
+    environ, limit = request.environ, current_app.config["MAX_CONTENT_LENGTH"]
+    length = int(environ.get("CONTENT_LENGTH") or -1)  # chunks announce none
+    if length > limit:
+        raise RequestEntityTooLarge
     try:
-        body = request.environ["wsgi.input"].read(limit + 1)
+        body = environ["wsgi.input"].read(limit + 1 if length < 0 else length)
     except (OSError, ParseException) as error:  # chunks that break the rules
         raise InvalidBody from error
-    if max(length, len(body)) > limit:
+    if len(body) > limit:
         raise RequestEntityTooLarge
     if len(body) < length:
         raise InvalidBody
@@ -147,7 +141,7 @@ def _database() -> Database:
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(body) + "\n", status, mimetype="application/json")
+    return Response(json.dumps(body) + "\n", status, content_type="application/json")
 
 
 def _error(status: int, error_type: str, message: str, **details: str) -> Response:

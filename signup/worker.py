@@ -8,6 +8,7 @@ for the peer, which may reset the answer away.
 
 import contextlib
 import errno
+import functools
 import io
 import re
 import signal
@@ -15,8 +16,7 @@ import socket
 import sys
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import gevent
@@ -24,7 +24,7 @@ from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn import util
-from gunicorn.http import get_parser
+from gunicorn.http import get_parser, wsgi
 from gunicorn.http.errors import NoMoreData, ParseException
 from gunicorn.workers.ggevent import GeventWorker
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -103,6 +103,8 @@ def _chunks(data: bytes, position: int, max_body: int) -> Arrival:
 class Worker(GeventWorker):
     """A greenlet for each connection, and a turn for each request."""
 
+    alive: bool
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._max_body = Config.from_env().max_body_bytes
@@ -122,8 +124,11 @@ class Worker(GeventWorker):
 
     def run(self) -> None:
         """Serve for as long as the worker is wanted; then answer what has arrived, and end."""
-        # Config computes a setting for each look, and a request takes thirty.
+        # gunicorn computes a setting at each look, of which a request takes thirty, and makes the
+        # stream for an application's errors anew for each request.
         self.cfg.__dict__.update({name: each.get() for name, each in self.cfg.settings.items()})
+        environ = wsgi.base_environ(self.cfg)
+        wsgi.base_environ = lambda _: environ.copy()
         self._turns = BoundedSemaphore(self.cfg.threads)
         servers = [self._serve(listener) for listener in self.sockets]
         while self.alive:
@@ -142,7 +147,7 @@ class Worker(GeventWorker):
     def _serve(self, listener: Any) -> StreamServer:
         name = listener.getsockname()  # which a closed one can't tell any more
         connections = Pool(self.worker_connections)
-        server = StreamServer(listener, partial(self.handle, name), spawn=connections)
+        server = StreamServer(listener, functools.partial(self.handle, name), spawn=connections)
         # At a time: of more, an idle worker would take all; of fewer, clients that come in hundreds
         # would wait a second before they are accepted.
         server.max_accept = 5
@@ -188,10 +193,11 @@ class Worker(GeventWorker):
                 request = next(parser)
                 request._expected_100_continue = False  # the body is here, or is not wanted
                 with self._turns:
-                    self.handle_request(listener, request, client, addr)
+                    stays = self._answer(listener, request, client, addr)
                 # What is left of a request that did not come as a whole is not the next one.
-                if state is not Arrival.WHOLE or not parser.finish_body():
+                if not stays or state is not Arrival.WHOLE or not parser.finish_body():
                     return
+                parser.mesg = None  # or it would look for more of this request again
             except (NoMoreData, StopIteration):
                 return
             except OSError:
@@ -201,6 +207,22 @@ class Worker(GeventWorker):
                 if request is None or not isinstance(error, ParseException):
                     self.handle_error(request, client, addr, error)
                 return
+
+    def _answer(self, listener: Any, request: Any, client: Any, addr: Any) -> bool:
+        """Have the application answer; whether the connection stays open."""
+        response, environ = wsgi.create(request, client, addr, listener, self.cfg, Response)
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("Autorestarting worker after current request.")
+            self.alive = False
+        if not self.alive:
+            response.force_close()
+        parts = self.wsgi(environ, response.start_response)
+        try:
+            response.send(b"".join(parts))
+        finally:
+            parts.close()
+        return not response.should_close()
 
     def _receive(self, client: Any, unreader: Any) -> Arrival | None:
         """Wait for the next request in the parser's buffer; None: there is none to answer."""
@@ -236,6 +258,30 @@ class Worker(GeventWorker):
         while self._waiting:
             with contextlib.suppress(OSError):
                 self._waiting.pop().shutdown(socket.SHUT_RD)
+
+
+class Response(wsgi.Response):
+    """An answer that goes out as one piece."""
+
+    def send(self, body: bytes) -> None:
+        """Send head and body: the client is woken once, and finds all of it."""
+        self.headers_sent = True
+        self.headers += [
+            ("Server", self.version),
+            ("Date", _date(int(time()))),
+            ("Connection", "close" if self.should_close() else "keep-alive"),
+        ]
+        fields = "".join([f"{name}: {value}\r\n" for name, value in self.headers])
+        head = f"HTTP/{self.req.version[0]}.{self.req.version[1]} {self.status}\r\n{fields}\r\n"
+        data = head.encode("latin-1") + (b"" if self._omits_body else body)
+        sent = self.sock.send(data)
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
+
+
+@functools.lru_cache(1)
+def _date(second: int) -> str:
+    return str(util.http_date(second))
 
 
 def _close(client: Any) -> None:

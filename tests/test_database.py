@@ -1,5 +1,6 @@
 """The database layer under faults: bounded waiting, clear errors, nothing lost, and recovery."""
 
+import contextlib
 import signal
 import subprocess
 import threading
@@ -241,17 +242,26 @@ def test_a_start_gives_up_with_a_clear_line() -> None:
     assert "s3cret" not in done.stdout + done.stderr
 
 
+@contextlib.contextmanager
+def lent(pool: Pool) -> Iterator[None]:
+    connection = pool.acquire(30)
+    try:
+        yield
+    finally:
+        pool.release(connection)
+
+
 def test_who_waits_first_is_served_first(url: str) -> None:
     config = Config.from_env({"DATABASE_URL": url})
     pool = Pool(config, 1, Budget(1, None), Metrics(config))
     served: list[str] = []
 
     def use(name: str) -> None:
-        with pool.connection(30):
+        with lent(pool):
             served.append(name)
 
     with ThreadPoolExecutor(3) as executor:
-        with pool.connection(30):
+        with lent(pool):
             waits = []
             for number in range(3):
                 waits.append(executor.submit(use, f"waiter {number}"))

@@ -4,39 +4,32 @@ from typing import Any
 
 from flask import Flask
 
-from signup import database, logs, views
+from signup import create_app, metrics
 from signup.config import Config
 
 
 class Nothing:
-    """Takes every call of a metric, and a scrape's place as well, and does nothing."""
+    """A metric that counts nothing, and a set of such metrics."""
 
-    def __getattr__(self, name: str) -> "Nothing":
-        return self
-
-    def __getitem__(self, name: str) -> "Nothing":
-        return self
-
-    def __call__(self, *arguments: Any) -> "Nothing":
-        return self
-
-    def __enter__(self) -> None:
+    def inc(self) -> None:
         pass
 
-    def __exit__(self, *_: object) -> None:
+    def set(self, value: float) -> None:
         pass
 
+    def observe(self, seconds: float) -> None:
+        pass
 
-def create_app() -> Flask:
-    config = Config.from_env()
-    app = Flask("signup", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
-    app.url_map.merge_slashes = False
-    app.extensions["metrics"] = Nothing()
-    logs.init_app(app, config)
-    database.init_app(app, config)
-    views.init_app(app)
-    return app
+    def __getitem__(self, label: str) -> "Nothing":
+        return self
 
 
+def init_app(app: Flask, config: Config) -> None:
+    nothing: Any = Nothing()
+    nothing.insert_duration = nothing.pool_wait = nothing.pool_timeouts = nothing
+    nothing.connections = nothing
+    app.extensions["metrics"] = nothing
+
+
+metrics.init_app = init_app
 app = create_app()
