@@ -19,7 +19,7 @@ from psycopg2.extensions import parse_dsn
 
 from signup import database, logs, slots
 from signup.config import Config, ConfigError
-from signup.worker import Worker
+from signup.worker import Worker, loads
 
 try:
     settings = Config.from_env()
@@ -60,6 +60,8 @@ def on_starting(server: Any) -> None:
     """Before the first worker: a metrics folder, a database with its schema."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn sets its own handlers
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if not issubclass(server.cfg.worker_class, Worker):  # its greenlets count without a lock
+        sys.exit("worker_class: the service runs on its own worker alone (signup/worker.py)")
     os.environ["WEB_CONCURRENCY"] = str(server.cfg.workers)  # --workers has the last word
     try:
         folder = slots.Folder(settings.metrics_dir)
@@ -107,6 +109,7 @@ def post_worker_init(worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master, once a worker is reaped, however it died."""
+    loads[worker.slot] = 0
     slots.release(worker.slot, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
 
 

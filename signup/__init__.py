@@ -12,7 +12,7 @@ from .config import Config
 
 
 class App(Flask):
-    """Flask without what no route here has: a coroutine, and a host of its own."""
+    """Flask, less what it does for routes with coroutines or hosts of their own: there are none."""
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func

@@ -17,7 +17,6 @@ from time import monotonic, perf_counter
 
 import psycopg2
 from gevent import get_hub, getcurrent, monkey
-from gevent.socket import wait_read, wait_write
 from psycopg2 import extensions
 from psycopg2.pool import ThreadedConnectionPool
 
@@ -26,6 +25,8 @@ from .metrics import Metrics
 
 TOKEN_POLL = 0.05  # seconds between two tries for what only another worker can give back
 CONNECT_GRACE = 1.0  # seconds for a new connection after the request that asked for it has given up
+
+READ, WRITE = 1, 2  # as gevent's event loop calls them
 
 poll = monkey.get_original("select", "poll")  # the kernel's, see _poll
 
@@ -53,9 +54,21 @@ def _wait(connection: Connection) -> None:
         left = max(0.0, connection.deadline - monotonic())
         reads = state == extensions.POLL_READ
         if getcurrent().parent:  # in a greenlet, beside which others go on
-            (wait_read if reads else wait_write)(connection.fileno(), left, late)
+            _switch(connection.fileno(), READ if reads else WRITE, left, late)
         elif not _poll(connection, select.POLLIN if reads else select.POLLOUT, left):
             raise late
+
+
+def _switch(descriptor: int, event: int, seconds: float, late: Exception) -> None:
+    # As gevent.socket.wait_read, without the layers of its Timeout, which an INSERT would feel.
+    hub = get_hub()
+    ready, timer = hub.loop.io(descriptor, event), hub.loop.timer(seconds)
+    timer.start(getcurrent().throw, late)
+    try:
+        hub.wait(ready)
+    finally:
+        timer.close()
+        ready.close()
 
 
 def _poll(connection: Connection, event: int, seconds: float = 0) -> bool:

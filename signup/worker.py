@@ -1,15 +1,17 @@
-"""gunicorn's gevent worker, made fair to the other clients of a slow one, and gentle at its end.
+"""gunicorn's gevent worker, fair to the clients of others and to other workers, gentle at its end.
 
 A connection has a greenlet, which waits until all of a request has arrived, and only then takes one
 of the worker's WEB_THREADS turns: who sends a byte a second costs the others nothing. gunicorn's
 own drops connections that nobody has accepted yet when it stops, and closes others without waiting
-for the peer, which may reset the answer away.
+for the peer, which may reset the answer away. It sends an answer in two pieces, and lets the worker
+that is first accept a crowd of connections (docs/performance.md).
 """
 
 import contextlib
 import errno
 import functools
 import io
+import mmap
 import re
 import signal
 import socket
@@ -22,7 +24,7 @@ from typing import Any
 import gevent
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
-from gevent.server import StreamServer
+from gevent.socket import wait_read
 from gunicorn import util
 from gunicorn.http import get_parser, wsgi
 from gunicorn.http.errors import NoMoreData, ParseException
@@ -45,6 +47,12 @@ CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 CHUNK_SIZE = re.compile(rb"([0-9a-f]{1,8})[^\r\n]*\r\n", re.IGNORECASE)
 
 GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN}
+
+# By slot, one more than the connections of its worker; 0: there is none, or it stops. The memory is
+# the master's and all its workers'.
+loads = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")
+AHEAD = 2  # connections more than another worker has, from which on a worker lets others go first
+COURTESY = 0.005  # seconds for them to do so
 
 
 class Arrival(Enum):
@@ -104,10 +112,12 @@ class Worker(GeventWorker):
     """A greenlet for each connection, and a turn for each request."""
 
     alive: bool
+    slot: int  # set by gunicorn.conf.py
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._max_body = Config.from_env().max_body_bytes
+        self._connections = Pool(self.worker_connections)
         self._waiting: set[Any] = set()  # connections whose next request has not arrived
         self.retire: Callable[[], None] = lambda: None  # called when the worker starts to stop
 
@@ -130,38 +140,57 @@ class Worker(GeventWorker):
         environ = wsgi.base_environ(self.cfg)
         wsgi.base_environ = lambda _: environ.copy()
         self._turns = BoundedSemaphore(self.cfg.threads)
-        servers = [self._serve(listener) for listener in self.sockets]
+        for listener in self.sockets:
+            listener.settimeout(0)  # another worker may have taken what was announced
+        self._show_load(0)
+        accepting = [gevent.spawn(self._serve, listener) for listener in self.sockets]
         while self.alive:
             self.notify()
             gevent.sleep(0.2)
         self.retire()
+        loads[self.slot] = 0
         gevent.spawn_later(STOP_TIMEOUT, self._hang_up)
-        for server in servers:
-            self._stop_listening(server)
-        give_up = monotonic() + self.cfg.graceful_timeout
-        while any(server.pool for server in servers) and monotonic() < give_up:
-            self.notify()
-            for server in servers:
-                server.pool.join(timeout=0.2)
-
-    def _serve(self, listener: Any) -> StreamServer:
-        name = listener.getsockname()  # which a closed one can't tell any more
-        connections = Pool(self.worker_connections)
-        server = StreamServer(listener, functools.partial(self.handle, name), spawn=connections)
-        # At a time: of more, an idle worker would take all; of fewer, clients that come in hundreds
-        # would wait a second before they are accepted.
-        server.max_accept = 5
-        server.start()
-        return server
-
-    def _stop_listening(self, server: StreamServer) -> None:
+        gevent.killall(accepting)
         # The kernel has connections that nobody has accepted, maybe with a request in them: when
         # the last worker of a service closes its listener, they are reset. So they are accepted
         # first, and who connects later is refused at once, and knows that nothing was executed.
-        server.stop_accepting()
-        while (accepted := server.do_read()) is not None:
-            server.do_handle(*accepted)
-        server.close()
+        for listener in self.sockets:
+            with contextlib.suppress(OSError):
+                while self._accept(listener):
+                    pass
+            listener.close()
+        give_up = monotonic() + self.cfg.graceful_timeout
+        while self._connections and monotonic() < give_up:
+            self.notify()
+            self._connections.join(timeout=0.2)
+
+    def _serve(self, listener: Any) -> None:
+        while True:
+            self._connections.wait_available()
+            wait_read(listener.fileno())
+            # All workers are woken, and who is first would have all of a crowd, to answer them
+            # one by one while the others idle.
+            if loads[self.slot] > min(filter(None, loads), default=0) + AHEAD:
+                gevent.sleep(COURTESY)
+            try:
+                self._accept(listener)
+            except OSError:  # too many open files, for one
+                self.log.exception("Socket error accepting a connection.")
+                gevent.sleep(1)
+
+    def _accept(self, listener: Any) -> bool:
+        """Accept a connection and serve it; whether there was one."""
+        try:
+            client, addr = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        self._connections.spawn(self.handle, listener.getsockname(), client, addr)
+        self._show_load(len(self._connections))
+        return True
+
+    def _show_load(self, connections: int) -> None:
+        if self.alive:
+            loads[self.slot] = connections + 1
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """All of a connection, in its greenlet; `listener` and `addr` are the two addresses."""
@@ -174,6 +203,7 @@ class Worker(GeventWorker):
                 self.log.exception("Socket error processing request.")
         finally:
             _close(client)
+            self._show_load(len(self._connections) - 1)
 
     def _converse(self, listener: Any, client: Any, addr: Any) -> None:
         parser = get_parser(self.cfg, client, addr)

@@ -31,12 +31,12 @@ SETTINGS = re.compile(
 )
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 30) -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 30, pause: float = 0.02) -> Any:
     """The first true result of `condition`; fails after `timeout` seconds without one."""
     give_up = time.monotonic() + timeout
     while not (result := condition()):
         assert time.monotonic() < give_up, f"not in {timeout} s: {condition}"
-        time.sleep(0.02)
+        time.sleep(pause)
     return result
 
 

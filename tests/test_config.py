@@ -109,6 +109,12 @@ def test_more_workers_than_connections_on_the_command_line(postgres: Postgres) -
     assert done.stderr.splitlines()[-1].startswith("WEB_CONCURRENCY: '26' is not allowed")
 
 
+def test_another_kind_of_worker_is_refused(postgres: Postgres) -> None:
+    done = start("--worker-class=gthread", DATABASE_URL=postgres.url)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("worker_class: ")
+
+
 def test_tls_is_left_to_the_proxy(postgres: Postgres, tmp_path: Path) -> None:
     for name in ("cert", "key"):
         (tmp_path / name).touch()

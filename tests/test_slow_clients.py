@@ -109,3 +109,16 @@ def test_every_beginning_of_a_request_is_a_part_of_it(rest: bytes) -> None:
     for length in range(len(request)):
         assert arrival(request[:length], max_body=16384) is Arrival.PARTIAL
     assert arrival(request, max_body=16384) is Arrival.WHOLE
+
+
+def test_answers_that_do_not_fit_at_once_get_there(service: Service) -> None:
+    document, count = service.get("/openapi.json").content, 600
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(30)
+        address = urlsplit(service.url)
+        client.connect((address.hostname, address.port))
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * count)
+        client.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: client.recv(2**20), b""))
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == received.count(document) == count

@@ -1,5 +1,6 @@
 """What stays true while workers come and go."""
 
+import contextlib
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import requests
 from benchmarks.soak import WORKERS, soak
 
 from .load import Load
-from .service import Postgres, Service, execute, locked_table, wait_until
+from .service import Postgres, Service, execute, is_alive, locked_table, wait_until
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 
@@ -44,6 +45,29 @@ def test_reloads_and_recycling_lose_no_request(url: str) -> None:
             wait_until(lambda: service.boots() >= booted + 4)  # by max_requests
         assert not load.unanswered
         service.check_equalities(rows(url))
+
+
+def test_connections_are_shared_out_evenly(url: str) -> None:
+    with (
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service,
+        contextlib.ExitStack() as clients,
+        ThreadPoolExecutor(20) as executor,
+    ):
+        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 2)
+        before = [sockets(pid) for pid in service.worker_pids()]
+        sessions = [clients.enter_context(requests.Session()) for _ in range(20)]
+        answers = executor.map(lambda session: session.get(service.url), sessions)
+        assert all(answer.status_code == 200 for answer in answers)
+        after = [sockets(pid) for pid in service.worker_pids()]
+        shares = [now - then for now, then in zip(after, before, strict=True)]
+        assert sum(shares) == 20
+        assert min(shares) >= 7, shares
+
+
+def sockets(pid: int) -> int:
+    """How many sockets the process `pid` has open."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(str(link.readlink()).startswith("socket:") for link in links)
 
 
 def test_live_workers_never_share_a_slot(url: str) -> None:
@@ -107,6 +131,17 @@ def test_term_finishes_what_is_in_flight(url: str) -> None:
         assert [answer.result().status_code for answer in answers] == [201] * 4
         assert service.wait() == 0
     assert rows(url) == 4
+
+
+def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        (pid,) = service.worker_pids()
+        for _ in range(5):
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not is_alive(pid))  # noqa: B023
+            (pid,) = wait_until(service.worker_pids)
+            wait_until(lambda: service.metric_files(pid), pause=0)  # noqa: B023
+        assert service.get("/healthz").status_code == 200
 
 
 def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
