@@ -57,16 +57,20 @@ load-tests: $(READY)
 	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/locust --locustfile benchmarks/locustfile.py --headless \
 		--host $(HOST) --stop-timeout 30 --html $(REPORT)
 
-bench: $(READY) $(PEERS)/.ready ## This service beside its peers; ROUNDS= and SECONDS= of each
+bench: $(READY) $(PEERS)/bin/guide ## This service beside its peers; ROUNDS= and SECONDS= of each
 	$(BIN)/python -m benchmarks.bench
 
-limits: $(READY) $(PEERS)/.ready ## From 1 to 200 clients, under scrapes, over 200,000 signups, with other settings
+limits: $(READY) $(PEERS)/bin/guide ## From 1 to 200 clients, under scrapes, over 200,000 signups, with other settings
 	$(BIN)/python -m benchmarks.limits
 
 $(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+$(PEERS)/bin/guide: benchmarks/peers/guide.go $(PEERS)/.ready
+	@GO111MODULE=off GOPATH=/usr/share/gocode go build -o $@ $< || echo "the peer in Go is left out:" \
+		"apt-get install golang-go golang-github-lib-pq-dev golang-github-prometheus-client-golang-dev" >&2
 
 capacity: $(READY) ## What one core and one machine can do, and with a million rows
 	$(BIN)/python -m benchmarks.capacity

@@ -32,6 +32,7 @@ SECONDS = int(os.environ.get("SECONDS", "5"))  # of each measurement
 CLIENTS = 32
 PEERS = ROOT / "benchmarks/peers"
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
+GUIDE = ROOT / ".venv-peers/bin/guide"  # only where there is Go
 MEGABYTE = 2**20
 OURS = "this service"
 
@@ -83,6 +84,7 @@ CONTENDERS = (
         ),
         env=(("PROMETHEUS_MULTIPROC_DIR", "{folder}"),),
     ),
+    *([Contender("Go, lib/pq", (str(GUIDE), "{port}"))] if GUIDE.exists() else []),
 )
 
 
@@ -98,7 +100,11 @@ def children(pid: int) -> list[int]:
 def cpu(pid: int) -> float:
     """CPU seconds of `pid` and its children, ended ones included."""
     own = Stat.read(pid)
-    return (own.cpu + own.reaped_cpu + sum(Stat.read(p).cpu for p in children(pid))) / TICKS
+    ticks = own.cpu + own.reaped_cpu
+    for child in children(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            ticks += Stat.read(child).cpu
+    return ticks / TICKS
 
 
 def private_memory(pid: int) -> float:
@@ -148,7 +154,8 @@ def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int
         rows, before = settled_rows(url), cpu(pid)
         run = wrk(address, clients, seconds)
         stored, used = settled_rows(url) - rows, cpu(pid) - before
-        workers = sorted((private_memory(p) for p in children(pid)), reverse=True)[:2]
+        processes = children(pid) or [pid]  # without children, it is one process
+        workers = sorted((private_memory(p) for p in processes), reverse=True)[:2]
     assert warm.refused == warm.unanswered == run.refused == run.unanswered == 0, (warm, run)
     # What is in flight when wrk ends is stored, and not counted by it.
     assert run.created <= stored <= run.created + clients, (run, stored)
