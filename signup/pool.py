@@ -49,23 +49,27 @@ class Connection(extensions.connection):
 def _wait(connection: Connection) -> None:
     # libpq has no time limit for a statement on the client's side: without this one a paused
     # server would hold a request forever. What is raised here closes the connection.
-    late = psycopg2.OperationalError("the database did not answer in time")
     while (state := connection.poll()) != extensions.POLL_OK:
         left = max(0.0, connection.deadline - monotonic())
-        reads = state == extensions.POLL_READ
-        if getcurrent().parent:  # in a greenlet, beside which others go on
-            _switch(connection.fileno(), READ if reads else WRITE, left, late)
-        elif not _poll(connection, select.POLLIN if reads else select.POLLOUT, left):
-            raise late
+        event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
+        # Beside a greenlet, others go on. One that finds its time up after its process was paused
+        # may have its answer nevertheless.
+        wait = _switch if getcurrent().parent else _poll
+        if not wait(connection, event, left) and not _poll(connection, event):
+            raise psycopg2.OperationalError("the database did not answer in time")
 
 
-def _switch(descriptor: int, event: int, seconds: float, late: Exception) -> None:
+def _switch(connection: Connection, event: int, seconds: float) -> bool:
     # As gevent.socket.wait_read, without the layers of its Timeout, which an INSERT would feel.
     hub = get_hub()
-    ready, timer = hub.loop.io(descriptor, event), hub.loop.timer(seconds)
-    timer.start(getcurrent().throw, late)
+    ready = hub.loop.io(connection.fileno(), READ if event == select.POLLIN else WRITE)
+    timer = hub.loop.timer(seconds)
+    timer.start(getcurrent().throw, TimeoutError, update=True)
     try:
         hub.wait(ready)
+        return True
+    except TimeoutError:
+        return False
     finally:
         timer.close()
         ready.close()

@@ -51,8 +51,9 @@ GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN}
 # By slot, one more than the connections of its worker; 0: there is none, or it stops. The memory is
 # the master's and all its workers'.
 loads = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")
-AHEAD = 2  # connections more than another worker has, from which on a worker lets others go first
+AHEAD = 2  # connections; a worker that has more than these more than another lets others go first
 COURTESY = 0.005  # seconds for them to do so
+AT_ONCE = 4  # connections accepted before those that are there have their turn
 
 
 class Arrival(Enum):
@@ -118,6 +119,7 @@ class Worker(GeventWorker):
         super().__init__(*args, **options)
         self._max_body = Config.from_env().max_body_bytes
         self._connections = Pool(self.worker_connections)
+        self._open = 0  # connections; the pool has some that have ended
         self._waiting: set[Any] = set()  # connections whose next request has not arrived
         self.retire: Callable[[], None] = lambda: None  # called when the worker starts to stop
 
@@ -142,7 +144,7 @@ class Worker(GeventWorker):
         self._turns = BoundedSemaphore(self.cfg.threads)
         for listener in self.sockets:
             listener.settimeout(0)  # another worker may have taken what was announced
-        self._show_load(0)
+        self._count(0)
         accepting = [gevent.spawn(self._serve, listener) for listener in self.sockets]
         while self.alive:
             self.notify()
@@ -170,10 +172,15 @@ class Worker(GeventWorker):
             wait_read(listener.fileno())
             # All workers are woken, and who is first would have all of a crowd, to answer them
             # one by one while the others idle.
-            if loads[self.slot] > min(filter(None, loads), default=0) + AHEAD:
+            ahead = self._is_ahead()
+            if ahead:
                 gevent.sleep(COURTESY)
             try:
-                self._accept(listener)
+                for _ in range(AT_ONCE):
+                    if self._connections.full() or not self._accept(listener):
+                        break
+                    if not ahead and self._is_ahead():
+                        break
             except OSError:  # too many open files, for one
                 self.log.exception("Socket error accepting a connection.")
                 gevent.sleep(1)
@@ -185,12 +192,16 @@ class Worker(GeventWorker):
         except (BlockingIOError, ConnectionAbortedError):
             return False
         self._connections.spawn(self.handle, listener.getsockname(), client, addr)
-        self._show_load(len(self._connections))
+        self._count(+1)
         return True
 
-    def _show_load(self, connections: int) -> None:
+    def _is_ahead(self) -> bool:
+        return loads[self.slot] > min(filter(None, loads), default=0) + AHEAD
+
+    def _count(self, change: int) -> None:
+        self._open += change
         if self.alive:
-            loads[self.slot] = connections + 1
+            loads[self.slot] = self._open + 1
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """All of a connection, in its greenlet; `listener` and `addr` are the two addresses."""
@@ -203,7 +214,7 @@ class Worker(GeventWorker):
                 self.log.exception("Socket error processing request.")
         finally:
             _close(client)
-            self._show_load(len(self._connections) - 1)
+            self._count(-1)
 
     def _converse(self, listener: Any, client: Any, addr: Any) -> None:
         parser = get_parser(self.cfg, client, addr)
@@ -223,9 +234,10 @@ class Worker(GeventWorker):
                 request = next(parser)
                 request._expected_100_continue = False  # the body is here, or is not wanted
                 with self._turns:
-                    stays = self._answer(listener, request, client, addr)
-                # What is left of a request that did not come as a whole is not the next one.
-                if not stays or state is not Arrival.WHOLE or not parser.finish_body():
+                    # What is left of a request that did not come as a whole is not the next one.
+                    last = state is not Arrival.WHOLE
+                    stays = self._answer(listener, request, client, addr, last)
+                if not stays or not parser.finish_body():
                     return
                 parser.mesg = None  # or it would look for more of this request again
             except (NoMoreData, StopIteration):
@@ -238,20 +250,25 @@ class Worker(GeventWorker):
                     self.handle_error(request, client, addr, error)
                 return
 
-    def _answer(self, listener: Any, request: Any, client: Any, addr: Any) -> bool:
-        """Have the application answer; whether the connection stays open."""
+    def _answer(self, listener: Any, request: Any, client: Any, addr: Any, last: bool) -> bool:
+        """Have the application answer; whether the connection stays open.
+
+        As gunicorn's handle_request, less its access log and its hooks for a request.
+        """
         response, environ = wsgi.create(request, client, addr, listener, self.cfg, Response)
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
             self.log.info("Autorestarting worker after current request.")
             self.alive = False
-        if not self.alive:
+        if last or not self.alive:
             response.force_close()
         parts = self.wsgi(environ, response.start_response)
         try:
-            response.send(b"".join(parts))
+            body = b"".join(parts)
         finally:
-            parts.close()
+            if hasattr(parts, "close"):
+                parts.close()
+        response.send(body)
         return not response.should_close()
 
     def _receive(self, client: Any, unreader: Any) -> Arrival | None:
@@ -293,9 +310,13 @@ class Worker(GeventWorker):
 class Response(wsgi.Response):
     """An answer that goes out as one piece."""
 
+    response_length: int | None
+
     def send(self, body: bytes) -> None:
         """Send head and body: the client is woken once, and finds all of it."""
-        self.headers_sent = True
+        if self.response_length is None and not self._omits_body:
+            self.response_length = len(body)
+            self.headers.append(("Content-Length", str(len(body))))
         self.headers += [
             ("Server", self.version),
             ("Date", _date(int(time()))),
@@ -304,7 +325,7 @@ class Response(wsgi.Response):
         fields = "".join([f"{name}: {value}\r\n" for name, value in self.headers])
         head = f"HTTP/{self.req.version[0]}.{self.req.version[1]} {self.status}\r\n{fields}\r\n"
         data = head.encode("latin-1") + (b"" if self._omits_body else body)
-        sent = self.sock.send(data)
+        sent = self.sock.send(data)  # all of it, as a rule; sendall would ask the kernel first
         if sent < len(data):
             self.sock.sendall(data[sent:])
 

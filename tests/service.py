@@ -288,14 +288,18 @@ class Service(Client):
         """How many workers the master has started so far."""
         return self.log().count("Booting worker")
 
-    def metric_files(self, pid: int) -> set[Path]:
-        """The files of metrics that the worker `pid` has open."""
+    def open_files(self, pid: int) -> set[Path]:
+        """The files and sockets that the worker `pid` has open."""
         files = set()
         with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):  # a file that was closed meanwhile
                     files.add(link.readlink())
-        return {file for file in files if file.suffix == ".db"}
+        return files
+
+    def metric_files(self, pid: int) -> set[Path]:
+        """The files of metrics that the worker `pid` has open."""
+        return {file for file in self.open_files(pid) if file.suffix == ".db"}
 
     def metrics_folder(self) -> Path:
         """Where the workers keep their metrics."""

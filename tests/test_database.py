@@ -1,9 +1,11 @@
 """The database layer under faults: bounded waiting, clear errors, nothing lost, and recovery."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from shutil import which
@@ -13,6 +15,7 @@ import pytest
 
 from benchmarks.drill import TIMEOUTS, durability_drill, fault_drill
 from signup.config import Config
+from signup.database import GRACE
 from signup.metrics import Metrics
 from signup.pool import Budget, Pool
 
@@ -240,6 +243,34 @@ def test_a_start_gives_up_with_a_clear_line() -> None:
     ]
     assert "waiting for the database" in done.stdout
     assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_an_answer_that_has_come_counts_after_a_pause(server: Postgres) -> None:
+    url, seconds = server.new_database(), 2
+    with (
+        Service(
+            DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_STATEMENT_TIMEOUT=str(seconds)
+        ) as service,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        (worker,) = service.worker_pids()
+        with locked_table(url):
+            answer = executor.submit(service.signup, json=USER)
+            wait_until(lambda: waits_for_the_lock(url))
+            sent = time.monotonic()
+            os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: execute(url, "SELECT id FROM users"))
+        wait_until(lambda: time.monotonic() > sent + seconds + GRACE)  # the worker's time is up
+        os.kill(worker, signal.SIGCONT)
+        assert answer.result().status_code == 201
+        service.check_equalities(1)
+
+
+def waits_for_the_lock(url: str) -> bool:
+    waiting = (
+        "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%users%'"
+    )
+    return bool(execute(url, waiting))
 
 
 @contextlib.contextmanager

@@ -54,20 +54,14 @@ def test_connections_are_shared_out_evenly(url: str) -> None:
         ThreadPoolExecutor(20) as executor,
     ):
         wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 2)
-        before = [sockets(pid) for pid in service.worker_pids()]
         sessions = [clients.enter_context(requests.Session()) for _ in range(20)]
         answers = executor.map(lambda session: session.get(service.url), sessions)
         assert all(answer.status_code == 200 for answer in answers)
-        after = [sockets(pid) for pid in service.worker_pids()]
-        shares = [now - then for now, then in zip(after, before, strict=True)]
-        assert sum(shares) == 20
-        assert min(shares) >= 7, shares
-
-
-def sockets(pid: int) -> int:
-    """How many sockets the process `pid` has open."""
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return sum(str(link.readlink()).startswith("socket:") for link in links)
+        shares = [
+            sum(file.name.startswith("socket:") for file in service.open_files(pid))
+            for pid in service.worker_pids()
+        ]
+        assert min(shares) >= 8, shares  # the listener is one of them
 
 
 def test_live_workers_never_share_a_slot(url: str) -> None:
