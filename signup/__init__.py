@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, Request
+from flask.sessions import NullSession, SessionInterface
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import MapAdapter
 
@@ -11,8 +12,19 @@ from . import database, logs, metrics, views
 from .config import Config
 
 
+class NoSession(SessionInterface):
+    """The same empty session for all, which can't be written to."""
+
+    session = NullSession()
+
+    def open_session(self, app: Flask, request: Request) -> NullSession:
+        return self.session
+
+
 class App(Flask):
-    """Flask, less what it does for routes with coroutines or hosts of their own: there are none."""
+    """Flask, less what it does for sessions, and for routes with coroutines or hosts."""
+
+    session_interface = NoSession()
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func

@@ -20,7 +20,7 @@ from random import getrandbits
 from time import perf_counter, time
 from typing import Any
 
-from flask import Flask, Response, g, has_request_context, request
+from flask import Flask, Response, has_request_context, request
 from gunicorn import glogging
 
 from .config import Config
@@ -30,6 +30,8 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 PROBES = {"/healthz", "/readyz", "/metrics"}  # logged at level debug
 
 STDOUT = 1
+# In the WSGI environment, which is at hand where flask.g has to be looked up at each access.
+REQUEST_ID, RECEIVED = "signup.request_id", "signup.received"
 
 log = logging.getLogger("signup")
 
@@ -43,8 +45,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": _message(record),
         }
-        if has_request_context() and "request_id" in g:
-            line["request_id"] = g.request_id
+        if has_request_context() and REQUEST_ID in request.environ:
+            line["request_id"] = request.environ[REQUEST_ID]
         if record.exc_info:
             line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
         return json.dumps(line)
@@ -120,16 +122,18 @@ def init_app(app: Flask, config: Config) -> None:
 
     @app.before_request
     def start() -> None:
-        given = request.environ.get("HTTP_X_REQUEST_ID", "")
-        g.request_id = given if SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
-        g.received = perf_counter()
+        environ = request.environ
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        environ[REQUEST_ID] = given if SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
+        environ[RECEIVED] = perf_counter()
 
     @app.after_request
     def finish(response: Response) -> Response:
-        request_id = response.headers["X-Request-ID"] = g.request_id
+        environ = request.environ
+        request_id = environ[REQUEST_ID]
+        response.headers.add("X-Request-ID", request_id)
         if not paths:  # all routes are there only now
             paths.update(rule.rule for rule in app.url_map.iter_rules())
-        environ = request.environ
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         level = logging.DEBUG if path in PROBES else logging.INFO
         if log.isEnabledFor(level):
@@ -141,7 +145,7 @@ def init_app(app: Flask, config: Config) -> None:
                 f', "method": "{method if method in METHODS else "other"}"'
                 f', "path": "{path if path in paths else "other"}"'
                 f', "status": {response.status_code}'
-                f', "duration": {perf_counter() - g.received:.6f}}}\n'
+                f', "duration": {perf_counter() - environ[RECEIVED]:.6f}}}\n'
             )
             with contextlib.suppress(OSError):
                 os.write(STDOUT, line.encode())
