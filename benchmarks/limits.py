@@ -92,7 +92,7 @@ def layers(postgres: Postgres) -> None:
         axes.barh("a signup", median(some), left=left, label=name)
         left += max(0.0, median(some))
     axes.set(xlabel="milliseconds of CPU")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.4))
+    figure.legend(ncols=4, loc="outside upper center")
     figure.savefig(ROOT / "docs/performance-layers.png", dpi=100)
 
 
