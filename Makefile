@@ -13,8 +13,7 @@ help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
 run: $(READY) ## The service on http://localhost:3000
-	@$(BIN)/python gunicorn.conf.py # checks the environment; gunicorn trips over WEB_CONCURRENCY by itself
-	@exec $(BIN)/python $(BIN)/gunicorn app:app
+	@exec $(BIN)/python -m testbed.postgres $(BIN)/python $(BIN)/gunicorn app:app
 
 test: $(READY) ## Every test
 	$(BIN)/python -m pytest

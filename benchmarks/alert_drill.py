@@ -181,7 +181,6 @@ class Drill:
             port=port,
             DATABASE_URL=self._url,
             WEB_CONCURRENCY=workers,
-            WEB_THREADS="64",
             METRICS_SAMPLE_INTERVAL="0.1",
             DATABASE_POOL_TIMEOUT="0.5",
             DATABASE_STATEMENT_TIMEOUT="3",

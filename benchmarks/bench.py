@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import parse_qs, urlsplit
 
+import psutil
 import requests
 
 from signup.config import Config
 from signup.database import create_schema
-from signup.process import TICKS, Stat
 from tests.programs import free_port
 from tests.service import GUNICORN, ROOT, Postgres, execute, wait_until
 
@@ -99,12 +99,11 @@ def children(pid: int) -> list[int]:
 
 def cpu(pid: int) -> float:
     """CPU seconds of `pid` and its children, ended ones included."""
-    own = Stat.read(pid)
-    ticks = own.cpu + own.reaped_cpu
+    seconds: float = sum(psutil.Process(pid).cpu_times()[:4])
     for child in children(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
-            ticks += Stat.read(child).cpu
-    return ticks / TICKS
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            seconds += sum(psutil.Process(child).cpu_times()[:2])
+    return seconds
 
 
 def private_memory(pid: int) -> float:
@@ -183,9 +182,9 @@ def pgbench(postgres: Postgres, seconds: int) -> float:
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
         script.write(
             "\\set a random(1, 1000000000)\n\\set b random(1, 1000000000)\n"
-            "INSERT INTO users (email, first_name, last_name)"
-            " VALUES (:a || '-' || :b || '@example.com', 'John', 'Doe')"
-            " ON CONFLICT (lower(email)) DO NOTHING RETURNING id;\n"
+            "INSERT INTO users (email, email_folded, first_name, last_name)"
+            " VALUES (:a || '-' || :b || '@example.com', :a || '-' || :b || '@example.com',"
+            " 'John', 'Doe') ON CONFLICT DO NOTHING RETURNING id;\n"
         )
         script.flush()
         done = subprocess.run(

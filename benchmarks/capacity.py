@@ -22,8 +22,9 @@ SECONDS = 4
 CLIENTS = 32  # what loads the machine; where the table's size matters, one shows it best
 ROWS = (1_000, 100_000, 1_000_000)
 FILL = """
-INSERT INTO users (email, first_name, last_name)
-SELECT 'row' || n || '@example.com', 'John', 'Doe' FROM generate_series(1, {}) AS n
+INSERT INTO users (email, email_folded, first_name, last_name)
+SELECT 'row' || n || '@example.com', 'row' || n || '@example.com', 'John', 'Doe'
+FROM generate_series(1, {}) AS n
 """
 
 

@@ -79,7 +79,7 @@ def layers(postgres: Postgres) -> None:
                 used.append((cpu(pid) - before[0]) / run.created * 1000)
                 server = (cpu(postgres.pids()[0]) - before[1]) / run.created * 1000
         for name, cost in (
-            ("gunicorn, gevent, signup/worker.py", used[0]),
+            ("gunicorn, gevent", used[0]),
             ("Flask, validation, driver, log", used[1] - used[0]),
             ("metrics", used[2] - used[1]),
             ("PostgreSQL", server),
@@ -152,20 +152,20 @@ def memory(postgres: Postgres) -> None:
 
 
 def defaults(postgres: Postgres) -> None:
-    """Other numbers of workers, and of requests that each answers side by side."""
-    runs: dict[tuple[int, int, int], list[Run]] = {}
+    """Other numbers of workers."""
+    runs: dict[tuple[int, int], list[Run]] = {}
     for _ in range(ROUNDS):
-        for workers, turns in ((1, 128), (2, 128), (3, 128), (4, 128), (2, 8), (2, 16), (2, 1000)):
-            env = (("WEB_CONCURRENCY", str(workers)), ("WEB_THREADS", str(turns)))
+        for workers in (1, 2, 3, 4):
+            env = (("WEB_CONCURRENCY", str(workers)),)
             with running(replace(SERVICE, env=env), database(postgres)) as (address, _):
                 wrk(address, 32, 2)
                 for clients in (32, 200):
                     run = wrk(address, clients, SECONDS)
-                    runs.setdefault((workers, turns, clients), []).append(run)
-    for (workers, turns, clients), some in runs.items():
+                    runs.setdefault((workers, clients), []).append(run)
+    for (workers, clients), some in runs.items():
         rate = spread([run.rate for run in some], "{:.0f}".format)
         p99 = spread([run.p99 * 1000 for run in some], "{:.0f}".format)
-        case = f"{workers} workers x {turns:4}, {clients:3} clients"
+        case = f"{workers} workers, {clients:3} clients"
         print(f"{case}  {rate:22} signups/s  p99 {p99} ms")
 
 

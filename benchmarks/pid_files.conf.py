@@ -5,16 +5,16 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from signup import slots
+from prometheus_client.multiprocess import mark_process_dead
 
 ours = runpy.run_path(str(Path(__file__).parent.parent / "gunicorn.conf.py"))
 globals().update({name: value for name, value in ours.items() if not name.startswith("__")})
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    worker.slot = os.getpid()
+    worker.slot = worker.slot._replace(number=os.getpid())
     ours["post_fork"](server, worker)
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    slots.release(worker.pid, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+    mark_process_dead(worker.pid, str(server.folder))

@@ -1,59 +1,28 @@
 """The signup service: an application factory, one line a concern."""
 
-from collections.abc import Callable
-from typing import Any
+import os
 
-from flask import Flask, Request
-from flask.sessions import NullSession, SessionInterface
-from werkzeug.exceptions import NotFound
-from werkzeug.routing import MapAdapter
+from flask import Flask
 
-from . import database, logs, metrics, views
-from .config import Config
-
-
-class NoSession(SessionInterface):
-    """The same empty session for all, which can't be written to."""
-
-    session = NullSession()
-
-    def open_session(self, app: Flask, request: Request) -> NullSession:
-        return self.session
-
-
-class App(Flask):
-    """Flask, less what it does for sessions, and for routes with coroutines or hosts."""
-
-    session_interface = NoSession()
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        return func
-
-    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        if request is None:
-            return None
-        # werkzeug would put a slash in front (`POST signup?:// HTTP/1.1`) or take two for one, and
-        # serve what is not counted.
-        path = request.environ["PATH_INFO"]
-        if not path.startswith("/") or path.startswith("//"):
-            raise NotFound
-        return MapAdapter(
-            self.url_map, "", "/", "", "http", request.path, request.method, query_args=None
-        )
+from . import logs, metrics, slots, views
+from .config import Config, ConfigError
+from .database import Database
 
 
 def create_app(config: Config | None = None) -> Flask:
     """The WSGI application, configured from the environment unless a `config` is given.
 
-    Opens no database connection: the pool connects when the first request needs one.
-    Raises ConfigError when a variable is wrong or DATABASE_URL is missing.
+    Raises ConfigError for a wrong or missing variable, and in a gunicorn worker that
+    gunicorn.conf.py has not set up: it would count for itself alone.
     """
-    config = config or Config.from_env()
-    app = App(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
-    app.url_map.merge_slashes = False  # //signup is another path: 404, not a redirect
-    logs.init_app(app, config)
-    metrics.init_app(app, config)
-    database.init_app(app, config)
-    views.init_app(app)
+    config, slot = config or Config.from_env(), slots.current
+    config.check(workers=1)
+    if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
+        raise ConfigError("gunicorn.conf.py was not read: start in its folder, or use --config")
+    connections = slot.connections if slot else config.database_max_connections
+    measured = metrics.Metrics(slot, connections)
+    app = Flask(__name__, static_folder=None)
+    logs.init_app(app)
+    metrics.init_app(app, measured)
+    views.init_app(app, Database(config, connections, measured), config.max_body_bytes)
     return app

@@ -1,41 +1,36 @@
-"""Configuration: environment variables, read once and checked at start."""
+"""Configuration: environment variables, read once and checked at the start."""
 
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, get_type_hints
 
 from psycopg2 import ProgrammingError
 from psycopg2.extensions import parse_dsn
 
+URL = "postgresql://user:password@host:port/database"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-
-T = TypeVar("T")
-Number = TypeVar("Number", int, float)
 
 
 class ConfigError(ValueError):
-    """One line for each mistake: the variable, its value, and what is allowed."""
+    """One line for each mistake: the variable, its value unless it is secret, what is allowed."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of one service; README.md has the table of them."""
+    """The settings of one service, each from the variable of its name; README.md explains them."""
 
-    port: int
-    database_url: str | None  # None: gunicorn.conf.py starts an embedded PostgreSQL
-    database_max_connections: int  # for the whole service, shared out over the workers
-    database_pool_timeout: float  # seconds a request waits for a connection
-    database_statement_timeout: float  # seconds
-    metrics_sample_interval: float  # seconds between two looks at the pool
-    max_body_bytes: int
-    workers: int
-    threads: int  # greenlets of each worker that answer a request
-    log_level: str
-    metrics_dir: Path | None  # None: gunicorn.conf.py makes a private one
+    port: Annotated[int, 1, 65535] = 3000
+    database_url: str = ""
+    database_max_connections: Annotated[int, 1, 10_000] = 25
+    database_pool_timeout: Annotated[float, 0.01, 60] = 5.0
+    database_statement_timeout: Annotated[float, 0.01, 60] = 5.0
+    metrics_sample_interval: Annotated[float, 0.01, 60] = 1.0
+    max_body_bytes: Annotated[int, 1, 2**20] = 16384
+    web_concurrency: Annotated[int, 1, 256] = 0  # one for each core: see gunicorn.conf.py
+    log_level: str = "info"
+    prometheus_multiproc_dir: str = ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Config":
@@ -43,76 +38,52 @@ class Config:
 
         Raises ConfigError, which holds a line for each variable that is wrong.
         """
-        mistakes: list[str] = []
-
-        def read(name: str, default: T, parse: Callable[[str], T], allowed: str) -> T:
-            text = env.get(name, "").strip()
-            if not text:
-                return default
+        values: dict[str, Any] = {}
+        mistakes = []
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            text = env.get(name.upper(), "").strip()
+            if not text or hint is str:
+                values |= {name: text} if text else {}
+                continue
+            kind, (low, high) = hint.__origin__, hint.__metadata__
             try:
-                return parse(text)
+                values[name] = kind(text)
+                if not low <= values[name] <= high:
+                    raise ValueError
             except ValueError:
-                mistakes.append(f"{name}: {_redact(text)!r} is not allowed: {allowed}")
-                return default
-
-        def whole(name: str, default: int, low: int, high: int) -> int:
-            allowed = f"a whole number from {low} to {high}"
-            return read(name, default, lambda text: _within(int(text), low, high), allowed)
-
-        def seconds(name: str, default: float, low: float, high: float) -> float:
-            allowed = f"seconds from {low:g} to {high:g}"
-            return read(name, default, lambda text: _within(float(text), low, high), allowed)
-
-        max_connections = whole("DATABASE_MAX_CONNECTIONS", 25, 1, 10_000)
-        cores = len(os.sched_getaffinity(0))
-        config = cls(
-            port=whole("PORT", 3000, 1, 65535),
-            database_url=read(
-                "DATABASE_URL", None, _database_url, "postgresql://user:password@host:port/database"
-            ),
-            database_max_connections=max_connections,
-            database_pool_timeout=seconds("DATABASE_POOL_TIMEOUT", 5.0, 0.01, 60),
-            database_statement_timeout=seconds("DATABASE_STATEMENT_TIMEOUT", 5.0, 0.01, 60),
-            metrics_sample_interval=seconds("METRICS_SAMPLE_INTERVAL", 1.0, 0.01, 60),
-            max_body_bytes=whole("MAX_BODY_BYTES", 16384, 1, 2**20),
-            workers=whole("WEB_CONCURRENCY", min(max(2, cores), max_connections), 1, 256),
-            threads=whole("WEB_THREADS", 128, 1, 1000),
-            log_level=read(
-                "LOG_LEVEL",
-                "info",
-                lambda text: LOG_LEVELS[LOG_LEVELS.index(text.lower())],
-                f"one of {', '.join(LOG_LEVELS)}",
-            ),
-            metrics_dir=read("PROMETHEUS_MULTIPROC_DIR", None, Path, "a folder"),
-        )
-        if not mistakes and config.workers > config.database_max_connections:
-            mistakes.append(
-                f"WEB_CONCURRENCY: '{config.workers}' is not allowed: at most "
-                f"DATABASE_MAX_CONNECTIONS ({config.database_max_connections}), "
-                "since each worker needs a connection"
-            )
+                what = f"{'a whole number' if kind is int else 'seconds'} from {low} to {high}"
+                mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
+        config = cls(**values)
+        if config.database_url and (mistake := _mistake_in_url(config.database_url)):
+            mistakes.append(f"DATABASE_URL is not allowed: {mistake}")
+        if config.log_level.lower() not in LOG_LEVELS:
+            what = f"one of {', '.join(LOG_LEVELS)}"
+            mistakes.append(f"LOG_LEVEL: {config.log_level!r} is not allowed: {what}")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
         return config
 
+    def check(self, workers: int) -> None:
+        """Raise ConfigError if so many workers can't work with these settings."""
+        most = self.database_max_connections
+        if not self.database_url:
+            raise ConfigError(
+                f"DATABASE_URL is not set: `make run` brings a PostgreSQL; else {URL}"
+            )
+        if workers > most:
+            what = f"at least one connection for each of {workers} workers"
+            raise ConfigError(f"DATABASE_MAX_CONNECTIONS: '{most}' is not allowed: {what}")
 
-def _within(value: Number, low: Number, high: Number) -> Number:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError
-    return value
 
-
-def _database_url(text: str) -> str:
-    if not text.startswith(("postgresql://", "postgres://")):
-        raise ValueError
+def _mistake_in_url(url: str) -> str | None:
+    # The message must not quote it. libpq would take what follows one of these characters in a
+    # password for a host or a database, and quote that.
+    scheme, _, rest = url.partition("://")
+    authority, _, path = rest.partition("?")[0].partition("/")
+    if authority.count("@") > 1 or "@" in path or re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})", rest):
+        return "percent-encode @ / # % quotes and blanks in its user, password and database"
     try:
-        parse_dsn(text)
-    except ProgrammingError as error:  # its message may quote the password
-        raise ValueError from error
-    return text
-
-
-def _redact(text: str) -> str:
-    """`text` without the password that a database URL may hold."""
-    text = re.sub(r"(://[^:/?#]*:).*@", r"\1***@", text)
-    return re.sub(r"(?i)(password\s*=\s*)[^&\s]*", r"\1***", text)
+        parse_dsn(url)
+    except ProgrammingError:
+        scheme = ""
+    return None if scheme in ("postgresql", "postgres") else f"it must look like {URL}"

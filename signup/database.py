@@ -1,22 +1,23 @@
 """PostgreSQL: the schema, the insert, and the check whether it answers."""
 
-import contextlib
 import logging
-import threading
+import math
+import time
 import zlib
+from contextlib import closing
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import monotonic, perf_counter
 from typing import Any
 
 import psycopg2
-from flask import Flask
-from psycopg2 import errors
+from psycopg2.errors import DuplicatePreparedStatement, FeatureNotSupported, InvalidSqlStatementName
+from psycopg2.extras import execute_values
 
-from . import slots
-from .config import Config, ConfigError
+from .config import Config
+from .connection import Connection, connect
 from .metrics import Metrics
-from .pool import Budget, Connection, Pool, connect
-from .validation import Signup
+from .pool import Pool
+from .validation import Signup, fold_email
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 START_TIMEOUT = 15.0  # seconds that a start waits for the database
@@ -28,17 +29,20 @@ GRACE = 1.0
 COLUMNS = ("id", "email", "first_name", "last_name", "created_at", "updated_at")
 RFC3339 = """to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 INSERT = f"""
-INSERT INTO users (email, first_name, last_name) VALUES (%s, %s, %s)
-ON CONFLICT (lower(email)) DO NOTHING
-RETURNING id, email, first_name, last_name,
+INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
+ON CONFLICT DO NOTHING RETURNING id, email, first_name, last_name,
     {RFC3339.format("created_at")}, {RFC3339.format("updated_at")}
 """
-# To plan the INSERT takes as long as to execute it, so a connection has it planned once. The name
-# goes with the text: behind a pooler, another version of the service may have left its own.
-PLANNED = INSERT % ("$1", "$2", "$3")
-NAME = f"insert_user_{zlib.crc32(PLANNED.encode()):08x}"
-PREPARE = f"PREPARE {NAME} (text, text, text) AS {PLANNED};"
-EXECUTE = f"EXECUTE {NAME} (%s, %s, %s)"
+# A connection has the INSERT planned once: a tenth more signups a second. The name goes with the
+# text: behind a pooler, another version of the service may have left its own.
+NAME = f"insert_user_{zlib.crc32(INSERT.encode()):08x}"
+PREPARE = f"PREPARE {NAME} (text, text, text, text) AS {INSERT % ('$1', '$2', '$3', '$4')};"
+EXECUTE = f"EXECUTE {NAME} (%s, %s, %s, %s)"
+FOLD = """
+UPDATE users SET email_folded = folded.email FROM (VALUES %s) AS folded (email, id)
+WHERE users.id = folded.id
+    AND NOT EXISTS (SELECT FROM users AS other WHERE other.email_folded = folded.email)
+"""
 
 log = logging.getLogger(__name__)
 
@@ -52,23 +56,12 @@ class Unavailable(Exception):
 
 
 class Database:
-    """What the views need of PostgreSQL."""
+    """What the views need of PostgreSQL, over at most `connections`."""
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
-        if config.database_url is None:
-            raise ConfigError(
-                "DATABASE_URL is not set: start the service with gunicorn, which brings an "
-                "embedded PostgreSQL, or set postgresql://user:password@host:port/database"
-            )
-        self._config = config
-        self._metrics = metrics
-        share, rest = divmod(config.database_max_connections, config.workers)
-        budget = Budget(
-            config.database_max_connections,
-            config.metrics_dir and config.metrics_dir / "connections.lock",
-        )
-        self.pool = Pool(config, share + ((slots.current or 0) < rest), budget, metrics)
-        threading.Thread(target=self._sample, name="pool-sampler", daemon=True).start()
+    def __init__(self, config: Config, connections: int, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
+        self._reported: dict[str, float] = {}  # when a cause was logged last
+        self._pool = Pool(config, connections, metrics)
 
     def insert_user(self, signup: Signup) -> dict[str, Any]:
         """Store `signup` durably; the row as JSON values, times in RFC 3339, UTC.
@@ -76,59 +69,44 @@ class Database:
         Never repeated by itself: when the connection is lost after sending, nobody knows whether
         the row was committed. Raises DuplicateEmail, PoolTimeout or psycopg2.Error.
         """
-        connection = self.pool.acquire(self._config.database_pool_timeout)
-        try:
+        with self._pool.connection(self._config.database_pool_timeout) as connection:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
             started = perf_counter()
             try:
                 row = _insert(connection, signup)
             finally:
                 self._metrics.insert_duration.observe(perf_counter() - started)
-        finally:
-            self.pool.release(connection)
         if row is None:
             raise DuplicateEmail
         return dict(zip(COLUMNS, row, strict=True))
 
     def check(self) -> None:
         """Return if the database answers within 2 seconds; raise PoolTimeout or psycopg2.Error."""
-        connection = self.pool.acquire(READY_TIMEOUT)
-        try:
+        with self._pool.connection(READY_TIMEOUT) as connection:
             connection.deadline = monotonic() + READY_TIMEOUT
             with connection.cursor() as cursor:
                 cursor.execute("SELECT 1")
-        finally:
-            self.pool.release(connection)
 
-    def _sample(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self._config.metrics_sample_interval):
-            for state, count in self.pool.usage().items():
-                self._metrics.connections[state].set(count)
+    def report(self, error: Exception) -> None:
+        """Log a fault of the database with its cause, at most once a second for each cause."""
+        cause, now = describe(error), monotonic()
+        if now - self._reported.get(cause, -math.inf) >= 1:
+            self._reported[cause] = now
+            log.error("database: %s", cause)
 
 
 def _insert(connection: Connection, signup: Signup) -> tuple[Any, ...] | None:
+    values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
+    statement = connection.insert or PREPARE + EXECUTE
+    connection.insert = connection.insert or EXECUTE
     with connection.cursor() as cursor:
-        if connection.prepared is not False:
-            # Whichever of these it is refused with, nothing has been stored.
-            try:
-                cursor.execute(EXECUTE if connection.prepared else PREPARE + EXECUTE, signup)
-                connection.prepared = True
-                return cursor.fetchone()
-            except errors.DuplicatePreparedStatement:  # the first INSERT after PREPARE has failed
-                connection.prepared = True
-            except (
-                errors.InvalidSqlStatementName,  # another connection of a pooler such as PgBouncer
-                errors.FeatureNotSupported,  # the table's columns have changed since
-            ):
-                connection.prepared = False
-        cursor.execute(INSERT, signup)
+        try:
+            cursor.execute(statement, values)
+        except (DuplicatePreparedStatement, InvalidSqlStatementName, FeatureNotSupported):
+            # Another connection of PgBouncer, or another table by now. Nothing has been stored.
+            connection.insert = INSERT
+            cursor.execute(INSERT, values)
         return cursor.fetchone()
-
-
-def init_app(app: Flask, config: Config) -> None:
-    """Give `app` its database; raises ConfigError without a DATABASE_URL."""
-    app.extensions["database"] = Database(config, app.extensions["metrics"])
 
 
 def create_schema(config: Config) -> None:
@@ -139,21 +117,28 @@ def create_schema(config: Config) -> None:
     give_up = monotonic() + START_TIMEOUT
     while True:
         try:
-            connection = connect(config, deadline=monotonic() + READY_TIMEOUT)
-            with contextlib.closing(connection), connection.cursor() as cursor:
-                connection.deadline = monotonic() + START_TIMEOUT
-                cursor.execute(SCHEMA.read_text())
-            return
+            with closing(connect(config, monotonic() + READY_TIMEOUT)) as connection:
+                return _create_schema(connection)
         except psycopg2.Error as error:
             cause = describe(error)
             if not isinstance(error, psycopg2.OperationalError) or monotonic() > give_up:
                 raise Unavailable(f"the database can't be used: {cause}") from error
             log.warning("waiting for the database: %s", cause)
-            sleep(1)
+            time.sleep(1)
+
+
+def _create_schema(connection: Connection) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW server_encoding")
+        if cursor.fetchone() != ("UTF8",):
+            raise Unavailable("the database can't be used: its encoding is not UTF8")
+        connection.deadline = monotonic() + 600  # a large table of an older version takes a while
+        cursor.execute(SCHEMA.read_text())
+        cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY id DESC")
+        folded = {fold_email(email): number for email, number in cursor}
+        execute_values(cursor, FOLD, list(folded.items()), page_size=1000)
 
 
 def describe(error: Exception) -> str:
-    """The cause in one line for the log, without the parts that quote a row or the statement."""
-    text = isinstance(error, psycopg2.Error) and error.diag.message_primary
-    text = text or (str(error).strip() or "gone").splitlines()[0]
-    return f"{type(error).__name__}: {text}"
+    """The cause in one line for the log, without the lines that quote a row or the statement."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'gone').splitlines()[0]}"

@@ -1,121 +1,68 @@
 """The process metrics of the whole service, which prometheus_client's multiprocess mode lacks.
 
-Read from /proc when a scrape asks: man page proc(5). Names as in Prometheus' client guidelines.
+Their names are those of Prometheus' guidelines for client libraries. A scrape reads them anew.
 """
 
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from time import sleep
-from typing import NamedTuple
 
+import psutil
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-PROC = Path("/proc")
-TICKS = os.sysconf("SC_CLK_TCK")  # a second
-PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
-FORKED_WITHOUT_EXEC = 0x40  # PF_FORKNOEXEC of the kernel's sched.h
-
-
-class Stat(NamedTuple):
-    """What is needed of /proc/PID/stat."""
-
-    state: str
-    flags: int
-    cpu: int  # ticks
-    reaped_cpu: int  # ticks, of the children that it waited for
-    start: int  # ticks since boot
-    resident: int  # pages
-
-    @classmethod
-    def read(cls, pid: int) -> "Stat":
-        # The second field is the program's name in brackets, and may hold anything.
-        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-        numbers = [0, *map(int, fields[1:])]
-        return cls(
-            state=fields[0],
-            flags=numbers[6],
-            cpu=numbers[11] + numbers[12],
-            reaped_cpu=numbers[13] + numbers[14],
-            start=numbers[19],
-            resident=numbers[21],
-        )
-
 
 class ProcessCollector(Collector):
-    """A gunicorn master and its workers, or, without `master`, this process alone."""
+    """This worker's gunicorn master and all its workers, whose metrics are in `folder`."""
 
-    def __init__(self, master: int | None) -> None:
-        self._master = master or os.getpid()
-        self._has_workers = master is not None
-        self._boot_time = _boot_time()
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._master = folder, psutil.Process(os.getppid())
 
     def collect(self) -> Iterable[Metric]:
-        master, workers = self._snapshot()
-        cpu = master.cpu + master.reaped_cpu + sum(worker.cpu for worker in workers.values())
-        resident = master.resident + sum(worker.resident for worker in workers.values())
-        yield CounterMetricFamily(
-            "process_cpu_seconds",
-            "CPU time of the master and all workers, ended ones included, in seconds",
-            cpu / TICKS,
-        )
-        yield GaugeMetricFamily(
-            "process_resident_memory_bytes",
-            "Resident memory of master and workers in bytes; a shared page counts in each",
-            resident * PAGE,
-        )
-        yield GaugeMetricFamily(
-            "process_open_fds",
-            "Open file descriptors of the master and the live workers",
-            sum(_count_files(pid) for pid in (self._master, *workers)),
-        )
-        yield GaugeMetricFamily(
-            "process_start_time_seconds",
-            "Start of the master in seconds since the Unix epoch",
-            self._boot_time + master.start / TICKS,
-        )
-        if self._has_workers:
-            yield GaugeMetricFamily("signup_workers", "Live workers", len(workers))
+        """Raises RuntimeError when a live worker has no file, so that a scrape would miss it."""
+        files = self._live_files()
+        cpu, workers = self._snapshot()
+        if len(files | self._live_files()) < len(workers):
+            raise RuntimeError(f"somebody has removed metrics from {self._folder}")
+        memory = descriptors = 0
+        for process in (self._master, *workers):
+            with suppress(psutil.Error):  # it has ended since, or is another user's (--user)
+                memory += process.memory_info().rss
+                descriptors += process.num_fds()
+        text = "CPU time of the master and all workers, ended ones included, in seconds"
+        yield CounterMetricFamily("process_cpu_seconds", text, cpu)
+        text = "Resident memory of master and workers in bytes; a shared page counts in each"
+        yield GaugeMetricFamily("process_resident_memory_bytes", text, memory)
+        text = "Open file descriptors of the master and the live workers"
+        yield GaugeMetricFamily("process_open_fds", text, descriptors)
+        yield GaugeMetricFamily("signup_workers", "Live workers", len(workers))
 
-    def _snapshot(self) -> tuple[Stat, dict[int, Stat]]:
-        """The master and its live or dying workers, as they were at one moment.
+    def _live_files(self) -> set[str]:  # one for each worker, from before its fork on
+        return {file.name for file in self._folder.glob("gauge_livesum_*.db")}
 
-        A worker's CPU time goes over to its master when it is reaped: counted in neither or in
-        both, it would make the total jump. So it is read again until nothing went over meanwhile.
-        """
-        children: dict[int, Stat] = {}
+    def _snapshot(self) -> tuple[float, list[psutil.Process]]:
+        # A worker's CPU time goes over to its master when it is reaped: counted in neither or in
+        # both, it would make the total jump. So all is read again if one was reaped meanwhile.
         for _ in range(100):
-            master, pids = Stat.read(self._master), self._children()
-            try:
-                children = {pid: Stat.read(pid) for pid in pids}
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            being_reaped = any(child.state == "X" for child in children.values())
-            moved = Stat.read(self._master).reaped_cpu != master.reaped_cpu
-            if not (being_reaped or moved or self._children() != pids):
-                break
-            sleep(0.0005)
-        # A master that USR2 has started is a child as well, but not a worker.
-        workers = {p: c for p, c in children.items() if c.flags & FORKED_WITHOUT_EXEC}
-        return master, workers
+            own = self._master.cpu_times()[:4]  # user, system, and those of reaped children
+            with suppress(psutil.NoSuchProcess):
+                workers = self._workers()
+                cpu = sum(own) + sum(sum(worker.cpu_times()[:2]) for worker in workers)
+                reaping = any(worker.status() == psutil.STATUS_DEAD for worker in workers)
+                if not reaping and self._master.cpu_times()[2:4] == own[2:]:
+                    return cpu, workers
+            time.sleep(0.0005)
+        raise RuntimeError("workers end faster than they can be counted")
 
-    def _children(self) -> list[int]:
-        if not self._has_workers:
-            return []
-        master = str(self._master)
-        return [int(p) for p in (PROC / master / "task" / master / "children").read_text().split()]
-
-
-def _count_files(pid: int) -> int:
-    try:
-        return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 (names are enough)
-    except OSError:  # it has ended since
-        return 0
-
-
-def _boot_time() -> int:
-    for line in (PROC / "stat").read_text().splitlines():
-        if line.startswith("btime "):
-            return int(line.split()[1])
-    return 0
+    def _workers(self) -> list[psutil.Process]:
+        pid = self._master.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        workers = []
+        for child in map(psutil.Process, map(int, children)):
+            with suppress(psutil.AccessDenied):  # of a worker with --user
+                if child.environ().get("GUNICORN_PID") == str(pid):
+                    continue  # after USR2 the next master is a child as well
+            workers.append(child)
+        return workers

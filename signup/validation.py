@@ -4,21 +4,26 @@ import functools
 import json
 import re
 import unicodedata
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from email_validator import EmailNotValidError, validate_email
 
-MAX_EMAIL_LENGTH = 254  # characters; RFC 5321, section 4.5.3.1.3, less the angle brackets
-MAX_NAME_LENGTH = 100  # characters
-
+MAX_LENGTHS = {"email": 254, "first_name": 100, "last_name": 100}  # characters; RFC 5321, 4.5.3.1.3
 # Letters, digits and the usual punctuation, with which an email is as valid as its domain.
 PLAIN_LOCAL_PART = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
-
 # Control characters, lone surrogates, line and paragraph separators, and invisible format
 # characters such as U+202E, which lets a name be shown as another one. The two joiners are
 # format characters as well, but Persian and Indic names are spelt with them.
-_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Cf", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"
+FORBIDDEN_CATEGORIES = {"Cc", "Cs", "Cf", "Zl", "Zp"}
+JOINERS = "\u200c\u200d"
+# White space, Unicode's Default_Ignorable_Code_Point (version 17, UAX #44), and the characters
+# beside it whose glyph is blank by its name: in Braille, music, Khitan and hieroglyphs.
+INVISIBLE = re.compile(
+    "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    "\u2800\U0001d159\U00016fe4\U00013441\U00013442]*"
+)
 
 
 class InvalidBody(Exception):
@@ -27,10 +32,6 @@ class InvalidBody(Exception):
 
 class InvalidField(Exception):
     """A field breaks a rule: its name, and for the client what is wrong."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 class Signup(NamedTuple):
@@ -48,24 +49,39 @@ def parse_signup(body: bytes) -> Signup:
     Raises InvalidBody, or InvalidField for the first bad one of email, first_name, last_name.
     """
     try:
-        fields = _decoder.decode(body.decode("utf-8"))
+        fields = DECODER.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise InvalidBody from error
     if not isinstance(fields, dict):
         raise InvalidBody
-    texts = [fields.get(name, "") for name in Signup._fields]
-    if not all(isinstance(text, str) for text in texts):
+    texts = {name: fields.get(name, "") for name in Signup._fields}
+    if not all(isinstance(text, str) for text in texts.values()):
         raise InvalidBody
-    email, first_name, last_name = texts
-    return Signup(
-        _email(email),
-        _text("first_name", first_name, MAX_NAME_LENGTH),
-        _text("last_name", last_name, MAX_NAME_LENGTH),
-    )
+    return Signup(*(_field(name, text.strip()) for name, text in texts.items()))
+
+
+def fold_email(email: str) -> str:
+    """What all spellings of `email` in other letter cases have in common (Unicode, D145).
+
+    Not made by PostgreSQL, whose lower() depends on the database's locale.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", email).casefold())
+
+
+def _field(field: str, text: str) -> str:
+    label, most = field.replace("_", " "), MAX_LENGTHS[field]
+    if INVISIBLE.fullmatch(text):
+        raise InvalidField(field, f"{label} is required")
+    if len(text) > most:
+        raise InvalidField(field, f"{label} must be at most {most} characters")
+    if not text.isprintable():
+        categories = {unicodedata.category(char) for char in text if char not in JOINERS}
+        if categories & FORBIDDEN_CATEGORIES:
+            raise InvalidField(field, f"{label} must not contain control or invisible characters")
+    return _email(text) if field == "email" else text
 
 
 def _email(text: str) -> str:
-    text = _text("email", text, MAX_EMAIL_LENGTH)
     local, _, domain = text.rpartition("@")
     try:
         if len(local) <= 64 and text.isascii() and PLAIN_LOCAL_PART.fullmatch(local):
@@ -80,32 +96,12 @@ def _domain(text: str) -> str:
     return validate_email(f"x@{text}", check_deliverability=False).domain
 
 
-def _text(field: str, text: str, max_length: int) -> str:
-    text = text.strip()
-    label = field.replace("_", " ")
-    if all(character.isspace() or character in _JOINERS for character in text):
-        raise InvalidField(field, f"{label} is required")
-    if len(text) > max_length:
-        raise InvalidField(field, f"{label} must be at most {max_length} characters")
-    if not text.isprintable() and any(map(_is_forbidden, text)):
-        raise InvalidField(field, f"{label} must not contain control or invisible characters")
-    return text
-
-
-def _is_forbidden(character: str) -> bool:
-    return unicodedata.category(character) in _FORBIDDEN_CATEGORIES and character not in _JOINERS
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Parsers differ in which of two equal keys they take, so such a body has no one meaning.
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("duplicate key")
+    if len(fields := dict(pairs)) != len(pairs):
+        raise ValueError
     return fields
 
 
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")  # NaN and Infinity, which Python's parser takes
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_not_json)
+# int takes "NaN" and "Infinity", which are not JSON, for what they are: no numbers.
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=int)

@@ -1,149 +1,116 @@
 """The HTTP contract: endpoints, and what each failure looks like to a client."""
 
 import json
-import logging
+import socket
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg2
-from flask import Blueprint, Flask, Response, current_app, g, request
+from flask import Flask, Response, g, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from .database import Database, DuplicateEmail, describe
+from .database import Database, DuplicateEmail
 from .pool import PoolTimeout
 from .validation import InvalidBody, InvalidField, parse_signup
 
-bp = Blueprint("signup", __name__)
-log = logging.getLogger(__name__)
-
+# The status, the error_type of the metrics, and what the client is told.
+ERRORS: dict[type[Exception], tuple[int, str, str]] = {
+    InvalidBody: (400, "invalid_json", "invalid request body"),
+    ParseException: (400, "invalid_json", "invalid request body"),  # gunicorn's, for bad chunks
+    HTTPException: (400, "invalid_json", "invalid request body"),  # all others of werkzeug
+    RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
+    InvalidField: (400, "validation", ""),  # it brings its own message
+    DuplicateEmail: (409, "duplicate_email", "email already exists"),
+    MethodNotAllowed: (405, "invalid_method", "method not allowed"),
+    NotFound: (404, "", "not found"),
+    psycopg2.Error: (500, "database", "failed to create user"),
+    PoolTimeout: (503, "database", "service is busy, retry later"),
+    Exception: (500, "internal", "internal server error"),
+}
+MAX_REST = 65536  # bytes of a refused body, before the connection is closed
 OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
 
 
-def init_app(app: Flask) -> None:
+def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     """Register the endpoints and the error handlers."""
-    app.register_blueprint(bp)
+    app.url_map.merge_slashes = False
+    # One more than allowed: werkzeug cuts a body in chunks off there, without a word.
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
+
+    @app.before_request
+    def take_paths_as_they_are() -> None:
+        # werkzeug puts a slash in front of a path, or takes several for one.
+        if request.environ["PATH_INFO"] != request.path:
+            raise NotFound
+
+    @app.after_request
+    def leave_no_body(response: Response) -> Response:
+        if response.status_code != 201 and "gunicorn.socket" in request.environ:
+            response.call_on_close(partial(_finish_body, request.environ))
+        return response
+
+    # Flask would answer OPTIONS by itself; the contract says 405.
+    @app.post("/signup", provide_automatic_options=False)
+    def signup() -> Response:
+        length = request.content_length or 0
+        body = request.get_data(cache=False) if length <= max_body_bytes else b""
+        if max(length, len(body)) > max_body_bytes:
+            raise RequestEntityTooLarge
+        if len(body) < length:  # cut short, and maybe JSON as well
+            raise InvalidBody
+        user = database.insert_user(parse_signup(body))
+        return _json({"message": "user created successfully", "user": user}, 201)
+
+    @app.get("/")
+    def welcome() -> Response:
+        return _json({"message": "welcome"})
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/openapi.json")
+    def openapi() -> Response:
+        return Response(OPENAPI, mimetype="application/json")
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        try:
+            database.check()
+        except (psycopg2.Error, PoolTimeout) as error:
+            database.report(error)
+            return _json({"status": "database unavailable"}, 503)
+        return _json({"status": "ok"})
+
+    def failed(status: int, error_type: str, message: str, error: Exception) -> Response:
+        g.error_type = error_type  # for the hook that counts it
+        response = _json({"error": message}, status)
+        if isinstance(error, InvalidField):
+            g.field, what = error.args
+            response = _json({"error": what, "field": g.field}, status)
+        elif isinstance(error, MethodNotAllowed):
+            response.headers["Allow"] = ", ".join(error.valid_methods or ())
+        elif isinstance(error, PoolTimeout):
+            response.headers["Retry-After"] = "1"
+        if error_type == "database":
+            database.report(error)
+        elif error_type == "internal":
+            g.unexpected = error  # for the log
+        return response
+
+    for kind, answer in ERRORS.items():
+        app.register_error_handler(kind, partial(failed, *answer))
 
 
-# Flask would answer OPTIONS by itself; the contract says 405.
-@bp.route("/signup", methods=["POST"], provide_automatic_options=False)
-def signup() -> Response:
-    # Past werkzeug, which cuts a chunked body off at its limit without a word, and does not tell
-    # when the end of one is missing; the beginning may be JSON as well.
-    environ, limit = request.environ, current_app.config["MAX_CONTENT_LENGTH"]
-    length = int(environ.get("CONTENT_LENGTH") or -1)  # chunks announce none
-    if length > limit:
-        raise RequestEntityTooLarge
-    try:
-        body = environ["wsgi.input"].read(limit + 1 if length < 0 else length)
-    except (OSError, ParseException) as error:  # chunks that break the rules
-        raise InvalidBody from error
-    if len(body) > limit:
-        raise RequestEntityTooLarge
-    if len(body) < length:
-        raise InvalidBody
-    user = _database().insert_user(parse_signup(body))
-    return _json({"message": "user created successfully", "user": user}, 201)
-
-
-@bp.get("/")
-def welcome() -> Response:
-    return _json({"message": "welcome"})
-
-
-@bp.get("/healthz")
-def healthz() -> Response:
-    return _json({"status": "ok"})
-
-
-@bp.get("/openapi.json")
-def openapi() -> Response:
-    return Response(OPENAPI, mimetype="application/json")
-
-
-@bp.get("/readyz")
-def readyz() -> Response:
-    try:
-        _database().check()
-    except (psycopg2.Error, PoolTimeout) as error:
-        _log_fault(f"not ready: {describe(error)}")
-        return _json({"status": "database unavailable"}, 503)
-    return _json({"status": "ok"})
-
-
-@bp.errorhandler(InvalidBody)
-def invalid_body(_: InvalidBody) -> Response:
-    return _error(400, "invalid_json", "invalid request body")
-
-
-@bp.errorhandler(InvalidField)
-def invalid_field(error: InvalidField) -> Response:
-    g.field = error.field
-    return _error(400, "validation", str(error), field=error.field)
-
-
-@bp.errorhandler(DuplicateEmail)
-def duplicate_email(_: DuplicateEmail) -> Response:
-    return _error(409, "duplicate_email", "email already exists")
-
-
-@bp.errorhandler(psycopg2.Error)
-def database_failed(error: psycopg2.Error) -> Response:
-    _log_fault(describe(error))
-    return _error(500, "database", "failed to create user")
-
-
-@bp.errorhandler(PoolTimeout)
-def busy(error: PoolTimeout) -> Response:
-    _log_fault(describe(error))
-    response = _error(503, "database", "service is busy, retry later")
-    response.headers["Retry-After"] = "1"
-    return response
-
-
-@bp.app_errorhandler(RequestEntityTooLarge)
-def too_large(_: RequestEntityTooLarge) -> Response:
-    return _error(413, "invalid_json", "request body too large")
-
-
-@bp.app_errorhandler(MethodNotAllowed)
-def method_not_allowed(error: MethodNotAllowed) -> Response:
-    response = _error(405, "invalid_method", "method not allowed")
-    response.headers["Allow"] = ", ".join(error.valid_methods or ())
-    return response
-
-
-@bp.app_errorhandler(NotFound)
-def not_found(_: NotFound) -> Response:
-    return _error(404, "", "not found")
-
-
-@bp.app_errorhandler(HTTPException)
-def bad_request(_: HTTPException) -> Response:
-    # What else werkzeug raises is a request that it can't make sense of.
-    return _error(400, "invalid_json", "invalid request body")
-
-
-@bp.app_errorhandler(Exception)
-def internal(error: Exception) -> Response:
-    log.exception("internal error")
-    return _error(500, "internal", "internal server error")
-
-
-def _log_fault(cause: str) -> None:
-    if current_app.extensions["throttle"].allows(cause):
-        log.error("database: %s", cause)
-
-
-def _database() -> Database:
-    database: Database = current_app.extensions["database"]
-    return database
+def _finish_body(environ: dict[str, Any]) -> None:
+    # gunicorn would go on to read a body that is not wanted, however long it is.
+    with suppress(OSError, ParseException):
+        if len(environ["wsgi.input"].read(MAX_REST)) == MAX_REST:
+            environ["gunicorn.socket"].shutdown(socket.SHUT_RDWR)
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(body) + "\n", status, content_type="application/json")
-
-
-def _error(status: int, error_type: str, message: str, **details: str) -> Response:
-    g.error_type = error_type  # for the hook that counts it
-    return _json({"error": message, **details}, status)

@@ -25,11 +25,10 @@ def service(database_url: str) -> Iterator[Service]:
     with Service(
         DATABASE_URL=database_url,
         WEB_CONCURRENCY="4",
-        WEB_THREADS="8",
         METRICS_SAMPLE_INTERVAL="0.05",
         DATABASE_STATEMENT_TIMEOUT="2",
     ) as service:
-        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 4)
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
         yield service
 
 

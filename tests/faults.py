@@ -86,7 +86,8 @@ def disk_full(postgres: Postgres, url: str) -> Iterator[None]:
     admin = postgres.admin_url(url)
     execute(
         admin,
-        "INSERT INTO users (email, first_name, last_name) SELECT 'full' || n || '@example.com',"
+        "INSERT INTO users (email, email_folded, first_name, last_name)"
+        " SELECT 'full' || n || '@example.com', 'full' || n || '@example.com',"
         " repeat('x', 99), repeat('y', 99) FROM generate_series(1, 80000) n",
     )
     end_connections(postgres, url)

@@ -20,12 +20,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from signup.config import Config
-from signup.embedded import EmbeddedPostgres, home_for
-from signup.pool import connect
+from signup.connection import connect
+from testbed.postgres import EmbeddedPostgres, home_for
 
 ROOT = Path(__file__).resolve().parent.parent
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+CLOSE = {"Connection": "close"}  # a worker that ends waits for connections that are kept alive
 SETTINGS = re.compile(
     "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
 )
@@ -63,11 +64,21 @@ class Postgres:
         self.server.stop()
         shutil.rmtree(self._folder)
 
-    def new_database(self) -> str:
-        """The URL of an empty database, for a role that may just use it."""
+    def new_database(self, locale: str = "builtin C.UTF-8", encoding: str = "UTF8") -> str:
+        """The URL of an empty database, for a role that may just use it.
+
+        `locale` is libc's, or one with its provider in front.
+        """
         name = f"test_{time.monotonic_ns()}"
         execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
-        execute(self.url, f"CREATE DATABASE {name}")
+        provider, _, other = locale.rpartition(" ")
+        options = f"LOCALE_PROVIDER {provider} {provider}_LOCALE '{other}'" if provider else ""
+        if encoding != "UTF8":
+            options = ""
+        execute(
+            self.url,
+            f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C' {options}",
+        )
         admin = self.url.replace("/postgres?", f"/{name}?")
         execute(admin, f"GRANT CREATE ON SCHEMA public TO {name}")
         return admin.replace("//postgres@", f"//{name}:right@")
@@ -148,11 +159,14 @@ class Client:
         self._lock = threading.Lock()
 
     def get(self, path: str, **options: Any) -> requests.Response:
+        options["headers"] = CLOSE | options.get("headers", {})
         return requests.get(self.url + path, timeout=30, **options)
 
     def signup(self, method: str = "POST", **options: Any) -> requests.Response:
         """A request to /signup; `session` keeps its connection alive."""
-        session = options.pop("session", requests)
+        session = options.pop("session", None)
+        if session is None:
+            session, options["headers"] = requests, CLOSE | options.get("headers", {})
         response: requests.Response = session.request(
             method, self.url + "/signup", timeout=30, **options
         )
@@ -221,18 +235,21 @@ class Service(Client):
     """The service under gunicorn on 127.0.0.1, by default on a free port; ends with the block.
 
     `options` are gunicorn's, `env` the service's variables; those of this process don't count.
+    Without a DATABASE_URL it is started as by `make run`.
     """
 
     def __init__(self, *options: str, project: Path = ROOT, port: int = 0, **env: str) -> None:
         super().__init__()
-        self._command = [*GUNICORN, f"--bind=127.0.0.1:{port}", *options]
+        self._command = [*GUNICORN, f"--bind=127.0.0.1:{port}", *options, "app:app"]
+        if "DATABASE_URL" not in env:
+            self._command = [sys.executable, "-m", "testbed.postgres", *self._command]
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
 
     def __enter__(self) -> "Service":
         self._output = tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
         self.process = subprocess.Popen(
-            [*self._command, "app:app"],
+            self._command,
             cwd=self._project,
             env=self._env,
             stdout=self._output,
@@ -298,8 +315,9 @@ class Service(Client):
         return files
 
     def metric_files(self, pid: int) -> set[Path]:
-        """The files of metrics that the worker `pid` has open."""
-        return {file for file in self.open_files(pid) if file.suffix == ".db"}
+        """The files of metrics that the worker `pid` has open, less the master's."""
+        files = self.open_files(pid)
+        return {file for file in files if file.suffix == ".db" and "master" not in file.name}
 
     def metrics_folder(self) -> Path:
         """Where the workers keep their metrics."""
@@ -315,7 +333,8 @@ def project_copy() -> Iterator[Path]:
         project.mkdir()
         for name in ("app.py", "gunicorn.conf.py"):
             shutil.copy(ROOT / name, project)
-        shutil.copytree(ROOT / "signup", project / "signup")
+        for folder in ("signup", "testbed"):
+            shutil.copytree(ROOT / folder, project / folder)
         try:
             yield project
         finally:

@@ -1,5 +1,6 @@
 """The service as its users run it: gunicorn, several workers, many clients."""
 
+import ast
 import contextlib
 import os
 import shutil
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from signup.embedded import home_for
+from testbed.postgres import home_for
 
-from .service import Postgres, Service, execute, is_alive, project_copy, wait_until
+from .service import ROOT, Postgres, Service, execute, is_alive, project_copy, wait_until
 
 
 def guide_traffic() -> list[dict[str, str]]:
@@ -66,10 +67,14 @@ def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> No
             list(executor.map(Service.__exit__, services))
 
 
-def test_nothing_embedded_is_imported_with_a_database_url(database_url: str) -> None:
-    with Service(DATABASE_URL=database_url, PYTHONPROFILEIMPORTTIME="1") as service:
-        assert "signup.database\n" in service.log()
-        assert "signup.embedded" not in service.log()
+def test_the_service_imports_nothing_of_the_testbed() -> None:
+    files = [ROOT / "app.py", ROOT / "gunicorn.conf.py", *(ROOT / "signup").rglob("*.py")]
+    assert len(files) > 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [name.name for name in getattr(node, "names", [])]
+            names.append(getattr(node, "module", None) or "")
+            assert not [name for name in names if name.partition(".")[0] == "testbed"], file
 
 
 def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None:
@@ -81,10 +86,40 @@ def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None
             with Service(project=project, WEB_CONCURRENCY="2") as service:
                 assert f"data in {home_for(project)}" in service.log()
                 assert service.signup(json=user).status_code == status
-                pids = [*service.worker_pids(), server_pid(project)]
+                pids = [*descendants(service.process.pid), server_pid(project)]
+                assert len(pids) == 4  # the master, two workers, and the database
                 assert stop(service) == 0
-            wait_until(lambda: not any(map(is_alive, pids)))  # noqa: B023
+                wait_until(lambda: not any(map(is_alive, pids)))  # noqa: B023
+                assert "Shutting down" in service.log()
+                assert "Traceback" not in service.log()
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
+
+
+def test_the_users_variables_for_other_databases_do_not_reach_the_embedded_one() -> None:
+    user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+    with (
+        project_copy() as project,
+        Service(
+            project=project,
+            WEB_CONCURRENCY="1",
+            PGHOST="nowhere.invalid",
+            PGHOSTADDR="192.0.2.1",
+            PGPORT="1",
+            PGUSER="stranger",
+            PGPASSWORD="s3cret",
+            PGDATABASE="elsewhere",
+            PGOPTIONS="-c default_transaction_read_only=on",
+            PGSSLMODE="require",
+            PGSERVICE="other",
+            PGTARGETSESSIONATTRS="standby",
+            PGDATA="/nonexistent",
+        ) as own,
+    ):
+        assert own.signup(json=user).status_code == 201
+        own.check_equalities(rows=1)
+        for pid in descendants(own.process.pid):
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            assert not [variable for variable in environ if variable.startswith(b"PG")]
 
 
 def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None:
@@ -114,6 +149,12 @@ def test_no_server_is_left_when_the_port_is_taken() -> None:
         with pytest.raises(AssertionError, match="Address already in use"):
             Service(f"--bind={address}", project=project).__enter__()
         assert not (home_for(project) / "data" / "postmaster.pid").exists()
+
+
+def descendants(pid: int) -> list[int]:
+    """Its children, theirs, and so on."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [found for child in children for found in (child, *descendants(child))]
 
 
 def server_pid(project: Path) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from gunicorn.config import GracefulTimeout
 
 from signup.config import Config
 from signup.database import READY_TIMEOUT
 
 from .service import ROOT
+from .test_compose import graceful_timeout
 
 FOLDER = ROOT / "deploy/kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
@@ -98,12 +98,13 @@ def test_the_container_is_the_one_of_the_dockerfile() -> None:
     assert {"name": CONTAINER["image"]} in KUSTOMIZATION["images"]
     settings = {variable["name"]: variable for variable in CONTAINER["env"]}
     assert set(settings) == {"DATABASE_URL", "WEB_CONCURRENCY"}
-    assert Config.from_env({"WEB_CONCURRENCY": settings["WEB_CONCURRENCY"]["value"]}).workers == 2
+    workers = settings["WEB_CONCURRENCY"]["value"]
+    assert Config.from_env({"WEB_CONCURRENCY": workers}).web_concurrency == 2
 
 
 def test_times_fit_each_other() -> None:
     assert CONTAINER["readinessProbe"]["timeoutSeconds"] > 2 * READY_TIMEOUT
-    stop = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + GracefulTimeout.default
+    stop = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + graceful_timeout()
     assert POD["spec"]["terminationGracePeriodSeconds"] > stop
 
 

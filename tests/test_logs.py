@@ -1,52 +1,156 @@
 """The log: JSON, with the request's id, without personal data."""
 
+import contextlib
 import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import requests
 
-from .service import Service, execute
+from .service import Service, execute, is_alive, project_copy, wait_until
 
 USER = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
-PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1")
+PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent/7")
 
 
-def events(service: Service, request_id: str) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in service.log().splitlines() if line.startswith("{")]
-    return [line for line in lines if line.get("request_id") == request_id]
+@contextlib.contextmanager
+def broken_table(url: str) -> Iterator[None]:
+    """While the block runs, no signup can be stored."""
+    execute(url, "ALTER TABLE users RENAME COLUMN last_name TO family_name")
+    try:
+        yield
+    finally:
+        execute(url, "ALTER TABLE users RENAME COLUMN family_name TO last_name")
 
 
-def test_a_request_is_one_line(service: Service) -> None:
-    response = service.signup(json=USER, headers={"X-Request-ID": "req-1.a_B"})
-    assert response.headers["X-Request-ID"] == "req-1.a_B"
-    (event,) = events(service, "req-1.a_B")
-    assert event.keys() == {
-        *("time", "level", "message", "request_id", "method", "path", "status", "duration")
-    }
-    assert (event["method"], event["path"], event["status"]) == ("POST", "/signup", 201)
-    assert isinstance(event["duration"], float)
-    assert event["level"] == "info"
+def events(service: Service) -> list[dict[str, Any]]:
+    """All that the service has printed but its start line; each is a line of JSON."""
+    lines = [x for x in service.log().splitlines() if not x.startswith("signup service on ")]
+    assert not [line for line in lines if not line.startswith("{")]
+    return [json.loads(line) for line in lines]
+
+
+def test_by_default_an_answer_below_500_leaves_no_line(service: Service) -> None:
+    before = service.log()
+    with requests.Session() as session:
+        for body in (USER, USER, {}):
+            service.signup(session=session, json=body)
+        for path in ("/", "/metrics", "/healthz", "/readyz", "/nowhere") * 2:
+            session.get(service.url + path, timeout=30)
+    assert service.answers.keys() == {201, 400, 409}
+    assert service.log() == before
+
+
+def test_each_500_has_a_line_and_its_cause_another(service: Service, database_url: str) -> None:
+    with broken_table(database_url):
+        for request_id in ("req-1.a_B", "req-2"):
+            response = service.signup(json=USER, headers={"X-Request-ID": request_id})
+            assert response.status_code == 500
+            assert response.headers["X-Request-ID"] == request_id
+    failed = [event for event in events(service) if event["message"] == "request failed"]
+    assert [event.pop("request_id") for event in failed] == ["req-1.a_B", "req-2"]
+    for event in failed:
+        assert event.keys() == {"time", "level", "pid", "message", "path", "status"}
+        assert (event["path"], event["status"]) == ("/signup", 500)
+        assert event["level"].lower() == "error"
+        assert event["pid"] in service.worker_pids()
+    causes = [event for event in events(service) if event["message"].startswith("database: ")]
+    assert causes[0]["message"].startswith('database: UndefinedColumn: column "last_name" of ')
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", '"}{"level":"x', "<script>"])
-def test_an_id_that_is_not_sane_is_replaced(service: Service, given: str) -> None:
-    response = service.get("/", headers={"X-Request-ID": given.encode()})
+def test_an_id_that_is_not_sane_is_replaced(
+    service: Service, database_url: str, given: str
+) -> None:
+    with broken_table(database_url):
+        response = service.signup(json=USER, headers={"X-Request-ID": given.encode()})
     made = response.headers["X-Request-ID"]
     assert made != given
     assert made.isalnum()
-    assert len(events(service, made)) == 1
+    (event,) = [
+        event
+        for event in events(service)
+        if event["message"] == "request failed" and event["request_id"] == made
+    ]
+    assert event["status"] == 500
 
 
-def test_nothing_personal_is_logged(service: Service, database_url: str) -> None:
-    service.signup(json=USER)
-    service.signup(json=USER | {"email": "secret.person(at)example.com"})
-    service.signup(data=json.dumps(USER) + "}")
-    service.signup("GET", params=USER)
-    service.get("/secret.person@example.com/Zebedee")
-    execute(database_url, "ALTER TABLE users RENAME COLUMN last_name TO family_name")
-    try:
-        assert service.signup(json=USER | {"email": "new." + USER["email"]}).status_code == 500
-    finally:
-        execute(database_url, "ALTER TABLE users RENAME COLUMN family_name TO last_name")
-    log = service.log().partition("Booting")[2]
-    assert 'column \\"last_name\\"' in log
-    assert not [word for word in PERSONAL if word in log]
+def test_an_unexpected_exception_is_logged_with_its_traceback(database_url: str) -> None:
+    with project_copy() as project:
+        views = project / "signup" / "views.py"
+        code = views.read_text()
+        assert '{"message": "welcome"}' in code
+        views.write_text(code.replace('{"message": "welcome"}', '{"message": 1 / 0}'))
+        with Service(project=project, DATABASE_URL=database_url) as service:
+            response = service.get("/?name=Zebedee", headers={"Connection": "close"})
+            assert response.status_code == 500
+            assert response.json() == {"error": "internal server error"}
+            made = response.headers["X-Request-ID"]
+            (failed,) = (e for e in events(service) if e.get("request_id") == made)
+            assert "ZeroDivisionError: division by zero" in failed["traceback"]
+            assert (failed["message"], failed["path"]) == ("request failed", "/")
+            assert "Zebedee" not in service.log()
+
+
+def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> None:
+    for how in (Service.press_ctrl_c, Service.stop):
+        with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2") as service:
+            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+            killed, other = service.worker_pids()
+            os.kill(killed, signal.SIGKILL)
+            wait_until(lambda: service.boots() == 3)
+            service.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: not is_alive(other))  # noqa: B023
+            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+            assert how(service) == 0
+            lines = events(service)
+            assert service.log().count("signup service on ") == 1
+        messages = " ".join(line["message"] for line in lines)
+        for part in ("Starting gunicorn", "Worker (pid", "Handling signal: hup", "Shutting down"):
+            assert part in messages
+        for line in lines:
+            assert line.keys() == {"time", "level", "pid", "message"}
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_nothing_personal_is_logged(database_url: str, level: str) -> None:
+    with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL=level) as service:
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        start = len(service.log())
+        address = urlsplit(service.url)
+        service.signup(json=USER, headers={"User-Agent": "Agent/7"})
+        service.signup(json=USER | {"email": "secret.person(at)example.com"})
+        service.signup(data=json.dumps(USER) + "}")
+        service.signup("GET", params=USER)
+        service.get("/secret.person@example.com/Zebedee", auth=("secret.person", "Quux"))
+        with broken_table(database_url):
+            other = USER | {"email": "new." + USER["email"]}
+            assert service.signup(json=other).status_code == 500
+        for raw in (
+            b"GET /?email=secret.person@example.com HTTP/Zebedee\r\n\r\n",
+            b"Zebedee /secret.person\r\n\r\n",
+            b"GET / HTTP/1.1\r\nZebedee Quux: secret.person\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nCookie: Zebedee\x00\r\n\r\n",
+            b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Quux\r\n\r\n",
+            b"POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: Quux\r\n\r\n",
+            b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nQuux\r\n",
+            b"GET /secret.person HTTP/1.1\r\nHost: Zebedee",  # and no more
+            b'POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"email": "Quux',
+        ):
+            with socket.create_connection((str(address.hostname), address.port or 0)) as client:
+                client.settimeout(30)
+                client.sendall(raw)
+                client.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionResetError):
+                    while client.recv(4096):
+                        pass
+        wait_until(lambda: "Invalid request" in service.log())
+        service.stop()
+        log = service.log()[start:]
+        assert 'column \\"last_name\\"' in log
+        assert not [line for line in log.splitlines() if any(word in line for word in PERSONAL)]

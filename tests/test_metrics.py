@@ -3,10 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client.core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector
-
-from signup.slots import SlotCollector
 
 from .service import Samples, Service, wait_until
 
@@ -30,6 +26,20 @@ HISTOGRAMS = {
     "database_pool_wait_seconds",
 }
 STATUS_CODES = ["201", "400", "405", "409", "413", "500", "503"]
+# The Accept header of Prometheus, as versions 2 and 3 of it send it.
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+    "application/openmetrics-text;version=0.0.1;q=0.4,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+)
+PROTOBUF = (
+    "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
+    ";q=0.6"
+)
 CONTRACT = {
     ("signup_requests_total", "status_code"): STATUS_CODES,
     ("signup_request_duration_seconds", "status_code"): STATUS_CODES,
@@ -94,21 +104,33 @@ def test_each_worker_answers_for_all(service: Service) -> None:
         assert counters(service.metrics(openmetrics=n % 2 == 0)) == counters(first)
 
 
-def test_a_strange_accept_header_gets_a_scrape(service: Service) -> None:
-    for accept in ("*/*", "application/openmetrics-text; version=x", "text/plain; version=y", ";,"):
-        assert service.get("/metrics", headers={"Accept": accept}).status_code == 200
-
-
-def test_the_merge_is_the_librarys(service: Service) -> None:
-    folder = service.metrics_folder()
-    service.signup("GET")
-    service.quiet_metrics()
-    expected = MultiProcessCollector.merge([str(file) for file in folder.glob("*.db")])
-    merged = SlotCollector(folder).collect()
-    assert {family.name: (family.type, samples_of(family)) for family in merged} == {
-        family.name: (family.type, samples_of(family)) for family in expected
-    }
-
-
-def samples_of(family: Metric) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    return {(s.name, frozenset(s.labels.items())): s.value for s in family.samples}
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("text/plain;q=0.5, application/openmetrics-text;version=1.0.0", "openmetrics"),
+        ("text/plain;version=0.0.4, application/openmetrics-text;q=0.5", "plain"),
+        ("text/plain;Q=0.8, application/openmetrics-text;Q=0.9", "openmetrics"),
+        ("APPLICATION/OPENMETRICS-TEXT", "openmetrics"),
+        ("application/openmetrics-text;q=0, */*", "plain"),
+        ("text/html, application/openmetrics-text;q=0.1", "openmetrics"),
+        ("*/*", "plain"),
+        (PROMETHEUS_2, "openmetrics"),
+        (PROMETHEUS_3, "openmetrics"),
+        (f"{PROTOBUF},{PROMETHEUS_3}", "openmetrics"),  # with its native histograms
+        ("application/openmetrics-text; version=2.0.0", "openmetrics"),
+        ("application/openmetrics-text; version=x", "plain"),
+        (f"application/openmetrics-text; version={'9' * 5000}", "plain"),
+        ("application/openmetrics-text; q=x", "plain"),
+        ("text/plain; version=y", "plain"),
+        ("rubbish", "plain"),
+        ("\xe9", "plain"),
+        (";,", "plain"),
+        ("", "plain"),
+    ],
+)
+def test_a_strange_accept_header_gets_a_scrape(service: Service, accept: str, kind: str) -> None:
+    response = service.get("/metrics", headers={"Accept": accept.encode("latin-1")})
+    assert response.status_code == 200
+    expected = {"plain": "text/plain", "openmetrics": "application/openmetrics-text"}[kind]
+    assert response.headers["Content-Type"].split(";")[0] == expected
+    assert response.text.endswith("# EOF\n") == (kind == "openmetrics")

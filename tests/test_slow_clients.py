@@ -10,8 +10,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from signup.worker import Arrival, arrival
-
 from .service import Service
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
@@ -40,13 +38,15 @@ def clients(service: Service, count: int) -> Iterator[list[socket.socket]]:
         HEAD,
         HEAD + LENGTH + BODY[:10],
         HEAD + CHUNKED[:60],
+        HEAD + CHUNKED[:31],  # in the size of a chunk
         HEAD + b"Content-Length: 999999\r\n\r\n{",  # refused at once; the client goes on and on
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffff\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",  # and never closes its side
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD,  # a whole request, and a part of one
     ],
 )
 def test_others_are_served_meanwhile(service: Service, start: bytes) -> None:
-    with clients(service, 100) as slow:  # four workers with eight threads each
+    with clients(service, 100) as slow:  # of four workers
         for client in slow:
             client.sendall(start)
         for _ in range(20):
@@ -75,40 +75,6 @@ def test_two_requests_at_once_get_two_answers(service: Service) -> None:
         )
         answers = client.makefile("rb").read()
         assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"201", b"409", b"200"]
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"", Arrival.PARTIAL),
-        (HEAD, Arrival.PARTIAL),
-        (HEAD + b"\r\n", Arrival.WHOLE),
-        (HEAD + LENGTH, Arrival.PARTIAL),
-        (HEAD + LENGTH + BODY[:-1], Arrival.PARTIAL),
-        (HEAD + LENGTH + BODY, Arrival.WHOLE),
-        (HEAD + LENGTH + BODY + HEAD, Arrival.WHOLE),
-        (HEAD + b"content-LENGTH:16385\r\n\r\n", Arrival.BODY_TOO_LARGE),
-        (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", Arrival.BODY_TOO_LARGE),
-        (HEAD + b"Content-Length: x\r\n\r\n", Arrival.WHOLE),
-        (HEAD + CHUNKED, Arrival.WHOLE),
-        (HEAD + CHUNKED[:-2] + b"Trailer: x\r\n\r\n", Arrival.WHOLE),
-        (HEAD + CHUNKED[:-2] + b"Trailer: x\r\n", Arrival.PARTIAL),
-        (HEAD + CHUNKED[:34], Arrival.PARTIAL),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", Arrival.WHOLE),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n4001\r\n", Arrival.BODY_TOO_LARGE),
-        (HEAD + b"X: " + b"x" * 65536, Arrival.HEAD_TOO_LARGE),
-    ],
-)
-def test_how_much_there_is_of_a_request(data: bytes, expected: Arrival) -> None:
-    assert arrival(data, max_body=16384) is expected
-
-
-@pytest.mark.parametrize("rest", [LENGTH + BODY, CHUNKED])
-def test_every_beginning_of_a_request_is_a_part_of_it(rest: bytes) -> None:
-    request = HEAD + rest
-    for length in range(len(request)):
-        assert arrival(request[:length], max_body=16384) is Arrival.PARTIAL
-    assert arrival(request, max_body=16384) is Arrival.WHOLE
 
 
 def test_answers_that_do_not_fit_at_once_get_there(service: Service) -> None:

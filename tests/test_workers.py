@@ -1,9 +1,13 @@
 """What stays true while workers come and go."""
 
-import contextlib
+import itertools
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 import requests
 
 from benchmarks.soak import WORKERS, soak
+from signup.slots import Slot
 
 from .load import Load
 from .service import Postgres, Service, execute, is_alive, locked_table, wait_until
@@ -30,7 +35,8 @@ def url(postgres: Postgres) -> str:
 def test_replacements_of_all_sorts_under_load(url: str) -> None:
     with Service("--max-requests=100", DATABASE_URL=url, WEB_CONCURRENCY=str(WORKERS)) as service:
         report = soak(service, url, replacements=30)
-    assert report.files_after <= 3 * 2 * WORKERS  # a reload has old and new workers at once
+    # A reload has old and new workers at once; the master has two files.
+    assert report.files_after <= 3 * 2 * WORKERS + 2
     assert report.scrapes > 30
 
 
@@ -47,30 +53,13 @@ def test_reloads_and_recycling_lose_no_request(url: str) -> None:
         service.check_equalities(rows(url))
 
 
-def test_connections_are_shared_out_evenly(url: str) -> None:
-    with (
-        Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service,
-        contextlib.ExitStack() as clients,
-        ThreadPoolExecutor(20) as executor,
-    ):
-        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 2)
-        sessions = [clients.enter_context(requests.Session()) for _ in range(20)]
-        answers = executor.map(lambda session: session.get(service.url), sessions)
-        assert all(answer.status_code == 200 for answer in answers)
-        shares = [
-            sum(file.name.startswith("socket:") for file in service.open_files(pid))
-            for pid in service.worker_pids()
-        ]
-        assert min(shares) >= 8, shares  # the listener is one of them
-
-
 def test_live_workers_never_share_a_slot(url: str) -> None:
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="3") as service,
         ThreadPoolExecutor(1) as executor,
     ):
         # One that is not there yet when it is to end again would not count as a start.
-        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 3)
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
         with locked_table(url):
             # What it is working on keeps an old worker alive beside the new ones.
             request = executor.submit(service.signup, json=USER)
@@ -79,6 +68,7 @@ def test_live_workers_never_share_a_slot(url: str) -> None:
             # All new ones have loaded the application, and of the old ones that one is left.
             wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 3 + 3)
             wait_until(lambda: service.metrics().get_value("signup_workers") == 3 + 1)
+            wait_until(lambda: all(map(service.metric_files, service.worker_pids())))
             files = [service.metric_files(pid) for pid in service.worker_pids()]
             assert len(files) == 4
             assert all(files)
@@ -141,7 +131,7 @@ def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
 def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         # Both have loaded the application, and so have their files open.
-        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 2)
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
         before = service.metrics()
         pids = [service.process.pid, *service.worker_pids()]
         resident = sum(proc_kilobytes(pid, "VmRSS") for pid in pids) * 1024
@@ -170,38 +160,146 @@ def proc_kilobytes(pid: int, name: str) -> int:
     raise KeyError(name)
 
 
-def test_a_named_folder_loses_only_its_metrics(url: str, tmp_path: Path) -> None:
-    (tmp_path / "counter_7.db").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
-    folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    named = {"DATABASE_URL": url, "WEB_CONCURRENCY": "1"} | folder
+def test_each_master_has_a_folder_of_its_own_in_the_named_one(url: str, tmp_path: Path) -> None:
+    (tmp_path / "counter_7.db").write_text("mine")
+    named = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     with Service(**named) as service:
-        assert service.metrics_folder() == tmp_path
-        assert not (tmp_path / "counter_7.db").exists()
-        (tmp_path / "counter_9.db").touch()  # a worker that is starting: the scrape goes on
+        folder = service.metrics_folder()
+        assert folder.parent == tmp_path
         service.signup(json=USER)
-        files = set(tmp_path.iterdir())
         with Service(**named) as second:
-            assert second.metrics_folder() != tmp_path
+            assert second.metrics_folder().parent == tmp_path
             assert second.metrics().total("signup_requests_total") == 0
-        assert set(tmp_path.iterdir()) == files
         assert service.metrics().total("signup_requests_total") == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["counter_7.db"]
 
 
-def test_a_private_folder_goes_with_its_master_or_the_next_one(url: str) -> None:
+def test_the_folder_goes_with_its_master_or_with_the_next_one(url: str) -> None:
     with Service(DATABASE_URL=url) as service:
-        private = service.metrics_folder()
+        folder = service.metrics_folder()
         service.stop()
-        assert not private.exists()
+        assert not folder.exists()
     with Service(DATABASE_URL=url) as killed:
         left_over = killed.metrics_folder()
         workers = killed.worker_pids()
         killed.stop(signal.SIGKILL)
-        wait_until(lambda: not any(map(killed.metric_files, workers)))  # they notice and end
+        wait_until(lambda: not any(map(is_alive, workers)))  # they notice and end
         assert left_over.exists()
     with Service(DATABASE_URL=url):
         assert not left_over.exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "files"])
+def test_a_folder_that_is_removed_gives_no_empty_scrape_and_is_made_anew(
+    url: str, what: str
+) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        assert service.signup(json=USER).status_code == 201
+        folder = service.metrics_folder()
+        if what == "folder":
+            shutil.rmtree(folder)
+        else:
+            for file in folder.iterdir():
+                file.unlink()
+        for _ in range(8):
+            response = service.get("/metrics")
+            assert response.status_code == 500
+            assert response.json() == {"error": "internal server error"}
+            assert service.signup(json=USER).status_code == 409  # signups go on
+        os.kill(service.worker_pids()[0], signal.SIGKILL)
+        # The next fork makes the folder, and replaces all workers, whose counts begin anew.
+        statuses = set()
+
+        def recovered() -> bool:
+            response = service.get("/metrics")
+            statuses.add(response.status_code)
+            return response.status_code == 200 and "database_connections_max 25.0" in response.text
+
+        wait_until(recovered)
+        assert statuses <= {200, 500}
+        service.answers.clear()
+        for number in range(8):
+            user = USER | {"email": f"again{number}@example.com"}
+            assert service.signup(json=user).status_code == 201
+        now = service.quiet_metrics()
+        assert now.total("signup_requests_total") == 8
+        assert now.get_value("signup_workers") == 2
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory with room for the files of two workers."""
+    options = ["-t", "tmpfs", "-o", f"size={(2 + 2 * 3) * 64 + 32}k", "tmpfs", str(tmp_path)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs (root)")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_full_folder_is_one_error_and_no_loop_of_forks(url: str, full: Path) -> None:
+    env = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(full)}
+    with Service(WEB_CONCURRENCY="2", **env) as service:
+        wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        assert service.signup(json=USER).status_code == 201
+        service.check_equalities(1)  # a scrape tells the truth
+        service.process.send_signal(signal.SIGTTIN)
+        assert service.wait() == 1
+        assert service.boots() == 2
+        (reason,) = [line for line in service.log().splitlines() if "No space left" in line]
+        assert "PROMETHEUS_MULTIPROC_DIR" in reason
+
+
+def test_a_worker_that_dies_before_it_has_loaded_is_counted(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        (oldest, _), deaths = service.worker_pids(), 5
+        for _ in range(deaths):
+            before = set(service.worker_pids())
+            os.kill(max(before - {oldest}), signal.SIGKILL)
+            wait_until(lambda: set(service.worker_pids()) - before, pause=0)  # noqa: B023
+        starts = "signup_worker_starts_total"
+        wait_until(lambda: service.metrics().get_value(starts) == 2 + deaths)
+
+
+def test_a_process_without_descriptors_recovers(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", METRICS_SAMPLE_INTERVAL="0.05") as service:
+        (worker,) = service.worker_pids()
+        soft, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        assert soft == hard  # raised at the start
+        assert service.get("/healthz").status_code == 200
+        # Room for a client's connection, and for none to the database.
+        used = {int(link.name) for link in Path(f"/proc/{worker}/fd").iterdir()}
+        _, second = itertools.islice(
+            (number for number in itertools.count() if number not in used), 2
+        )
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (second, hard))
+        for number in range(40):  # more than the pool has connections
+            user = USER | {"email": f"{number}@example.com"}
+            assert service.signup(json=user).status_code == 500
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (soft, hard))
+        with ThreadPoolExecutor(30) as executor, locked_table(url):
+            users = [USER | {"email": f"{number}@example.com"} for number in range(30)]
+            answers = [executor.submit(service.signup, json=user) for user in users]
+            in_use = "database_connections", {"state": "in_use"}
+            wait_until(lambda: service.metrics().get_value(in_use[0], **in_use[1]) == 25)
+        assert {answer.result().status_code for answer in answers} == {201}
+        service.check_equalities(30)
+
+
+def test_the_shares_of_the_newest_workers_are_the_budget() -> None:
+    for budget, workers in ((25, 2), (25, 4), (7, 3), (3, 3), (1, 1)):
+        live: list[Slot] = []
+        for _ in range(2 * workers + 1):  # a start, a reload, and one more by TTIN
+            live.insert(0, Slot.choose(live, budget, workers, Path()))
+            assert len({slot.number for slot in live}) == len(live)
+            if len(live) >= workers:
+                assert sum(slot.connections for slot in live[:workers]) == budget
+        for dead in range(workers):  # a worker dies, and its successor has its share
+            living = live[:workers]
+            lost = living.pop(dead)
+            assert Slot.choose(living, budget, workers, Path()).connections == lost.connections
 
 
 def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:

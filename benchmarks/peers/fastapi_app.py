@@ -13,7 +13,7 @@ from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, EmailStr
 
 INSERT = """
-INSERT INTO users (email, first_name, last_name) VALUES ($1, $2, $3)
+INSERT INTO users (email, email_folded, first_name, last_name) VALUES ($1, $2, $3, $4)
 RETURNING id, email, first_name, last_name, created_at, updated_at
 """
 
@@ -50,7 +50,7 @@ class Created(BaseModel):
 async def signup(body: Signup, request: Request) -> Created:
     try:
         row = await request.app.state.pool.fetchrow(
-            INSERT, body.email, body.first_name, body.last_name
+            INSERT, body.email, body.email.casefold(), body.first_name, body.last_name
         )
     except asyncpg.UniqueViolationError as error:
         raise HTTPException(409, "email already exists") from error

@@ -29,9 +29,10 @@ def signup():
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute(
-                "INSERT INTO users (email, first_name, last_name) VALUES (%s, %s, %s) "
+                "INSERT INTO users (email, email_folded, first_name, last_name)"
+                " VALUES (%s, %s, %s, %s) "
                 "RETURNING id, email, first_name, last_name, created_at, updated_at",
-                (email, body["first_name"], body["last_name"]),
+                (email, email.casefold(), body["first_name"], body["last_name"]),
             )
             names = [column.name for column in cursor.description]
             user = dict(zip(names, cursor.fetchone(), strict=True))

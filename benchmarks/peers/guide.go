@@ -19,7 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-const insert = `INSERT INTO users (email, first_name, last_name) VALUES ($1, $2, $3)
+const insert = `INSERT INTO users (email, email_folded, first_name, last_name) VALUES ($1, lower($1), $2, $3)
 RETURNING id, email, first_name, last_name, created_at, updated_at`
 
 var (

