@@ -1,7 +1,6 @@
 """gunicorn's settings, then the hooks of the master's and the workers' lives.
 
-`gunicorn app:app` finds this file by itself in its folder; from elsewhere, name it with --config.
-HUP reads it again, and the new workers run the code that is on disk then.
+gunicorn finds this file by itself in its folder; from elsewhere, name it with --config.
 """
 
 import atexit
@@ -27,7 +26,7 @@ def _forget_service(kept: str = "") -> None:
             del sys.modules[name]  # so that it is imported as it is on disk now
 
 
-_forget_service()
+_forget_service()  # HUP reads this file again, and has the new workers run new code
 from signup import database, logs, metrics, slots  # noqa: E402
 from signup.config import Config, ConfigError  # noqa: E402
 

@@ -1,7 +1,6 @@
-"""A connection to PostgreSQL whose every wait has a deadline.
+"""A connection to PostgreSQL whose every wait has a deadline, set by psycopg2's wait callback.
 
-libpq has no time limit for a statement on the client's side: a paused server would hold a request
-forever. psycopg2's wait callback sets one, and under gevent lets other requests run meanwhile.
+libpq has no time limit on the client's side: a paused server would hold a request forever.
 """
 
 import re

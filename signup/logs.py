@@ -1,8 +1,7 @@
-"""Logs: one JSON line an event, with no personal data and no secret in it.
+"""Logs: JSON lines, where gunicorn's settings errorlog and accesslog say.
 
-So no line has a request's body, query string, address or headers, nor any path but the service's
-own, since a client may write anything there. Lines go where gunicorn's settings say: `errorlog`,
-which is standard error by default, and `accesslog`, which is off.
+None has a request's body, query string, address or headers, nor any path but the service's own:
+a client may write anything there.
 """
 
 import logging
@@ -16,23 +15,10 @@ from pythonjsonlogger.json import JsonFormatter
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
-PASSWORD = re.compile(r"(://[^:/?#\s]*:)[^@\s]*(?=@)|(password=)[^&\s'\"]*")
 # In the WSGI environment, which is at hand where flask.g is not.
 REQUEST_ID, PATH = "signup.request_id", "signup.path"
 
 log = logging.getLogger("signup")
-
-
-class Formatter(JsonFormatter):
-    """A line of JSON: time (RFC 3339, UTC), level, pid, message, and what else a record has."""
-
-    def __init__(self) -> None:
-        names = {"levelname": "level", "process": "pid", "exc_info": "traceback"}
-        fields = ["levelname", "process", "message"]
-        super().__init__(fields, timestamp="time", rename_fields=names)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return PASSWORD.sub(r"\1\2***", super().format(record))
 
 
 class GunicornLogger(glogging.Logger):
@@ -42,8 +28,11 @@ class GunicornLogger(glogging.Logger):
         super().setup(cfg)
         if cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json:
             return  # the user's own
+        # Time (RFC 3339, UTC), level, pid and message, and what else a record has.
+        names = {"levelname": "level", "process": "pid", "exc_info": "traceback"}
+        fields = ["levelname", "process", "message"]
         for handler in (*self.error_log.handlers, *self.access_log.handlers):
-            handler.setFormatter(Formatter())
+            handler.setFormatter(JsonFormatter(fields, timestamp="time", rename_fields=names))
         self.error_log.filters, self.access_log.filters = [_impersonal], [_access_fields]
         # gunicorn's lines of level debug quote requests, and its settings with a password.
         self.error_log.setLevel(max(self.loglevel, logging.INFO))

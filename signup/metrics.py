@@ -1,7 +1,7 @@
 """Metrics: the guide's golden signals, the hook pair that times /signup, and GET /metrics.
 
-README.md lists the metrics. Every child (a metric with its label values) is bound once, here: so
-each value stands at 0 from the first scrape, and no request pays for a look-up.
+Every child (a metric with its label values) is bound once, here: so each value stands at 0 from
+the first scrape, and no request pays for a look-up.
 """
 
 from collections.abc import Callable

@@ -70,12 +70,15 @@ class Pool(ThreadedConnectionPool):
     def _acquire(self, deadline: float) -> Connection:
         self._wait_for_turn(deadline)
         try:
-            while connection := self._next_idle():
-                if not connection.has_input():
-                    return connection
-                connection.close()  # as the server did
-                self.putconn(connection)
-            return self._use(connect(self._config, deadline))
+            with self._lock:
+                while self._pool:
+                    connection = self._pool.pop()
+                    if not connection.has_input():
+                        return self._use(connection)
+                    connection.close()  # as the server did
+            connection = connect(self._config, deadline)
+            with self._lock:
+                return self._use(connection)
         except BaseException:
             self._end_turn()
             raise
@@ -99,10 +102,6 @@ class Pool(ThreadedConnectionPool):
                 self._waiting.popleft().set()
             else:
                 self._free += 1
-
-    def _next_idle(self) -> Connection | None:
-        with self._lock:
-            return self._use(self._pool.pop()) if self._pool else None
 
     def _use(self, connection: Connection) -> Connection:
         key = self._rused[id(connection)] = id(connection)

@@ -1,7 +1,4 @@
-"""The process metrics of the whole service, which prometheus_client's multiprocess mode lacks.
-
-Their names are those of Prometheus' guidelines for client libraries. A scrape reads them anew.
-"""
+"""The process metrics of the whole service, which prometheus_client's multiprocess mode lacks."""
 
 import os
 import time
