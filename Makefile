@@ -6,7 +6,7 @@ PEERS := .venv-peers
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test lint check-rules soak drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity dashboards image-check kubernetes-rules clean \
+.PHONY: help run test lint check-rules soak fault-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -21,7 +21,7 @@ test: $(READY) ## Every test
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy signup app.py gunicorn.conf.py
+	$(BIN)/mypy app.py gunicorn.conf.py signup testbed drills benchmarks tests
 
 check-rules: ## The configuration and the rules of Prometheus and Alertmanager, and the rules' tests
 	@for program in promtool:prometheus amtool:prometheus-alertmanager; do \
@@ -33,13 +33,13 @@ check-rules: ## The configuration and the rules of Prometheus and Alertmanager, 
 	amtool check-config prometheus/alertmanager.yml
 
 soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
-	$(BIN)/python -m benchmarks.soak 200
+	$(BIN)/python -m drills.soak 200
 
-drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
-	$(BIN)/python -m benchmarks.drill
+fault-drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
+	$(BIN)/python -m drills.faults
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
-	$(BIN)/python -m benchmarks.alert_drill
+	$(BIN)/python -m drills.alerts
 
 load-test-smoke: LOAD = smoke
 load-test-smoke: load-tests ## Locust, 5 users for 30 seconds; HOST= for another target
@@ -74,8 +74,8 @@ $(PEERS)/bin/guide: benchmarks/peers/guide.go $(PEERS)/.ready
 capacity: $(READY) ## What one core and one machine can do, and with a million rows
 	$(BIN)/python -m benchmarks.capacity
 
-dashboards: $(READY) ## New previews of the dashboards, from real data of three minutes
-	$(BIN)/python -m benchmarks.preview
+previews: $(READY) ## New previews of the dashboards, from real data of three minutes
+	$(BIN)/python -m drills.previews
 
 kubernetes-rules: ## The rules of Prometheus, as an object of Kubernetes
 	@{ printf '%s\n' '# Made of prometheus/rules by `make kubernetes-rules`.' \
@@ -85,7 +85,7 @@ kubernetes-rules: ## The rules of Prometheus, as an object of Kubernetes
 	} > deploy/kubernetes/prometheus-rule.yaml
 
 image-check: $(READY) ## The image, built by buildah and run, where there is no Docker
-	$(BIN)/python -m benchmarks.image_check
+	$(BIN)/python -m drills.image
 
 compose-up: ## The service and what watches it, in containers
 	docker compose up --detach --wait

@@ -1,0 +1,1 @@
+"""How fast the service is, and how much it can do."""

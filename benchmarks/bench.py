@@ -7,7 +7,6 @@ the machine does meets all; ratios are taken within a round. Each answer of 201 
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,10 @@ import requests
 
 from signup.config import Config
 from signup.database import create_schema
-from tests.programs import free_port
-from tests.service import GUNICORN, ROOT, Postgres, execute, wait_until
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, count_users, execute
+from testbed.programs import free_port
+from testbed.service import GUNICORN
 
 from .wrk import spread, wrk
 
@@ -167,7 +168,7 @@ def settled_rows(url: str) -> int:
 
     def settled() -> bool:
         nonlocal rows
-        before, rows = rows, int(execute(url, "SELECT count(*) FROM users")[0][0])
+        before, rows = rows, count_users(url)
         return before == rows
 
     wait_until(settled)
@@ -209,8 +210,6 @@ def wheel_program(name: str) -> Path:
 
 
 def main() -> None:
-    if shutil.which("wrk") is None:
-        sys.exit("missing: wrk (apt-get install wrk)")
     results: dict[str, list[Result]] = {contender.name: [] for contender in CONTENDERS}
     ceiling: list[float] = []
     with Postgres() as postgres:

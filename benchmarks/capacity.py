@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from signup.config import Config
 from signup.database import create_schema
-from tests.load import scrape_time
-from tests.service import Postgres, Service, execute, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, execute
+from testbed.load import scrape_time
+from testbed.service import Service
 
 from .bench import cpu, settled_rows
 from .wrk import Run, spread, wrk
@@ -35,7 +38,7 @@ class Case:
     name: str
     url: str
     clients: int = CLIENTS
-    pin: Callable[[Service], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    pin: Callable[[Service], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     runs: list[Run] = field(default_factory=list)
     inserts: list[float] = field(default_factory=list)
     scrapes: list[float] = field(default_factory=list)

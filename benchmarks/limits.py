@@ -16,7 +16,8 @@ import requests
 
 from signup.config import Config
 from signup.database import create_schema
-from tests.service import ROOT, Postgres, execute, wait_until
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, count_users
 
 from .bench import CONTENDERS, MEGABYTE, OURS, children, cpu, private_memory, running, settled_rows
 from .wrk import Run, spread, wrk
@@ -120,7 +121,7 @@ def scrapes(postgres: Postgres) -> None:
     four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
     for _ in range(ROUNDS):
         with running(four, database(postgres)) as (address, pid):
-            wait_until(lambda pid=pid: len(children(pid)) == 4)
+            wait_until(lambda: len(children(pid)) == 4)
             wrk(address, 32, 2)
             before = cpu(pid)
             for _ in range(200):
@@ -148,7 +149,7 @@ def memory(postgres: Postgres) -> None:
                 rows = settled_rows(url)
             each = sorted(private_memory(worker) / MEGABYTE for worker in children(pid))
             print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB a worker")
-        assert rows == int(execute(url, "SELECT count(*) FROM users")[0][0])
+        assert rows == count_users(url)
 
 
 def defaults(postgres: Postgres) -> None:

@@ -1,7 +1,6 @@
 """Load by wrk: signups as fast as they are answered."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from testbed.programs import missing
 
 SCRIPT = Path(__file__).with_name("signups.lua")
 
@@ -32,8 +33,8 @@ class Run:
 
 def wrk(url: str, clients: int, seconds: int) -> Run:
     """Sign up at `url` with `clients` connections that are kept alive, for `seconds`."""
-    if shutil.which("wrk") is None:
-        sys.exit("missing: wrk (apt-get install wrk)")
+    if reason := missing("wrk"):
+        sys.exit(reason)
     options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=30s", f"--script={SCRIPT}"]
     command = ["wrk", *options, url, "--", f"wrk{time.monotonic_ns()}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""What the service, its rules, dashboards and manifests promise."""

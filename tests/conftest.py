@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from .service import Postgres, Service, wait_until
-from .watched import Watched, watch
+from testbed import wait_until
+from testbed.database import Postgres
+from testbed.programs import missing
+from testbed.service import Service
+from testbed.watched import Watched, watch
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,10 @@ def service(database_url: str) -> Iterator[Service]:
 def watched(postgres: Postgres) -> Iterator[Watched]:
     with watch(postgres) as watched:
         yield watched
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that is marked with `needs` where one of the programs is missing."""
+    for mark in item.iter_markers("needs"):
+        if reason := missing(*mark.args):
+            pytest.skip(reason)

@@ -1,13 +1,12 @@
 """Alerts on their way: from a real cause through Prometheus to Alertmanager, and what it mutes."""
 
+import pytest
 import requests
 import yaml
 
-from benchmarks.alert_drill import Drill
-
-from .monitoring import Alertmanager
-from .programs import needs
-from .service import ROOT, wait_until
+from drills.alerts import Deployment
+from testbed import ROOT, wait_until
+from testbed.monitoring import Alertmanager
 
 PAIRS = {  # of a warning and its critical sibling
     "SignupSlowLatency": "SignupVerySlowLatency",
@@ -19,19 +18,19 @@ PAIRS = {  # of a warning and its critical sibling
 }
 
 
-@needs("prometheus", "prometheus-alertmanager")
+@pytest.mark.needs("prometheus", "prometheus-alertmanager")
 def test_causes_fire_alerts_which_end_with_them() -> None:
     """The short form of `make alert-drill`."""
-    with Drill() as drill:
+    with Deployment() as deployment:
         for cause, alerts in {
             "half of the input bad": ["SignupHighErrorRate"],
             "database stopped": ["SignupHighServerErrors", "SignupDatabaseErrors"],
             "service stopped": ["SignupServiceDown"],
         }.items():
-            assert [report.alert for report in drill.run(cause, alerts)] == alerts
+            assert [report.alert for report in deployment.run(cause, alerts)] == alerts
 
 
-@needs("prometheus-alertmanager")
+@pytest.mark.needs("prometheus-alertmanager")
 def test_what_says_less_is_suppressed() -> None:
     """Warnings by their critical siblings, and everything by SignupServiceDown."""
     files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]

@@ -11,8 +11,7 @@ import yaml
 
 from signup.config import Config
 from signup.database import GRACE
-
-from .service import ROOT
+from testbed import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE = yaml.safe_load(TEXT)

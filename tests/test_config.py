@@ -7,8 +7,9 @@ import pytest
 
 from signup import create_app
 from signup.config import Config, ConfigError
-
-from .service import GUNICORN, ROOT, Postgres, Service, execute, wait_until
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, execute
+from testbed.service import GUNICORN, Service
 
 WRONG = [
     ("PORT", "abc"),
@@ -172,11 +173,8 @@ def test_no_refusal_prints_a_password(postgres: Postgres, password: str, how: st
     url = f"postgresql://postgres:{password}@/nonexistent?host={host}"
     if how == "parameter":
         url = f"postgresql://postgres@/nonexistent?host={host}&password={password}"
-    for options, env in (
-        (["--workers=26"], {"DATABASE_URL": url}),
-        (["--workers=26", f"--env=DATABASE_URL={url}"], {}),
-    ):
-        done = start(*options, LOG_LEVEL="debug", **env)
+    for options, named in (([], url), ([f"--env=DATABASE_URL={url}"], "")):
+        done = start("--workers=26", *options, LOG_LEVEL="debug", DATABASE_URL=named)
         assert done.returncode == 1
         assert "cret" not in done.stdout + done.stderr
 

@@ -15,11 +15,9 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from benchmarks.preview import ROW, WIDTH, ask, draw
-
-from .programs import needs
-from .service import ROOT
-from .watched import ALL, CODES, CONTAINERS, ERRORS, TODAY, WAITING, Watched, quantile
+from drills.previews import ROW, WIDTH, ask, draw
+from testbed import ROOT
+from testbed.watched import ALL, CODES, CONTAINERS, ERRORS, TODAY, WAITING, Watched, quantile
 
 GRAFANA = ROOT / "grafana"
 DASHBOARDS = {
@@ -178,7 +176,7 @@ TARGETS = [
 ]
 
 
-@needs("prometheus", "promtool")
+@pytest.mark.needs("prometheus", "promtool")
 @pytest.mark.parametrize(("panel", "target"), TARGETS)
 def test_queries_have_data(panel: dict[str, Any], target: dict[str, Any], watched: Watched) -> None:
     only_containers = panel["fieldConfig"]["defaults"].get("noValue") == "Needs cAdvisor"
@@ -191,7 +189,7 @@ def test_queries_have_data(panel: dict[str, Any], target: dict[str, Any], watche
         assert all(math.isfinite(value) for values in result.values() for value in values)
 
 
-@needs("prometheus", "promtool")
+@pytest.mark.needs("prometheus", "promtool")
 @pytest.mark.parametrize(("panel", "target"), TARGETS)
 def test_an_idle_service_has_no_panel_without_data(
     panel: dict[str, Any], target: dict[str, Any], watched: Watched
@@ -206,7 +204,7 @@ def test_an_idle_service_has_no_panel_without_data(
         }
 
 
-@needs("prometheus", "promtool")
+@pytest.mark.needs("prometheus", "promtool")
 def test_a_restart_is_annotated_for_a_minute(watched: Watched) -> None:
     for dashboard in DASHBOARDS.values():
         (restarts,) = dashboard["annotations"]["list"]
@@ -216,7 +214,7 @@ def test_a_restart_is_annotated_for_a_minute(watched: Watched) -> None:
         assert not watched.prometheus.query(query, watched.idle + 60)
 
 
-@needs("prometheus", "promtool")
+@pytest.mark.needs("prometheus", "promtool")
 def test_single_values_are_what_was_sent(watched: Watched) -> None:
     samples = watched.samples
     expected = {
@@ -254,7 +252,7 @@ def size_of(picture: Path) -> tuple[int, int]:
     return width, height
 
 
-@needs("prometheus", "promtool")
+@pytest.mark.needs("prometheus", "promtool")
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_previews_have_the_layout_of_the_dashboards(
     name: str, watched: Watched, tmp_path: Path

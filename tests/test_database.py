@@ -13,23 +13,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from benchmarks.drill import TIMEOUTS, durability_drill, fault_drill
+from drills.faults import TIMEOUTS, durability_drill, fault_drill
 from signup.config import Config
 from signup.database import GRACE
 from signup.metrics import Metrics
 from signup.pool import Pool
-
-from .faults import FAULTS, end_connections
-from .load import Load
-from .service import (
-    GUNICORN,
-    ROOT,
-    Postgres,
-    Service,
-    execute,
-    locked_table,
-    wait_until,
-)
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, execute, locked_table
+from testbed.faults import FAULTS, end_connections
+from testbed.load import Signups
+from testbed.service import GUNICORN, Service
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 
@@ -170,7 +163,7 @@ def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
         DATABASE_MAX_CONNECTIONS="5",
     ) as service:
         most = 0
-        with Load(service, clients=12) as load:
+        with Signups(service, clients=12) as load:
             wait_until(lambda: service.answers.total() > 200)
             first = connections(server, url)
             wait_until(lambda: service.answers.total() > 500)

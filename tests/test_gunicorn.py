@@ -20,18 +20,12 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from .load import Load
-from .service import (
-    ROOT,
-    Postgres,
-    Samples,
-    Service,
-    execute,
-    is_alive,
-    project_copy,
-    session,
-    wait_until,
-)
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, count_users, execute, session
+from testbed.load import Signups
+from testbed.programs import is_alive
+from testbed.service import Samples, Service, project_copy
+
 from .test_config import start
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
@@ -60,10 +54,6 @@ def project() -> Iterator[Path]:
         yield project
 
 
-def rows(url: str) -> int:
-    return int(execute(url, "SELECT count(*) FROM users")[0][0])
-
-
 def wait_for(service: Service, **values: float) -> Samples:
     """The first scrape in which these metrics have these values."""
 
@@ -71,14 +61,13 @@ def wait_for(service: Service, **values: float) -> Samples:
         now = service.metrics()
         return now if all(now.get_value(n) == value for n, value in values.items()) else None
 
-    samples: Samples = wait_until(scrape)
-    return samples
+    return wait_until(scrape)
 
 
 def sign_up(service: Service, name: str) -> None:
     """Good, bad and duplicate signups of concurrent clients; each gets an answer."""
     answered = service.answers.total()
-    with Load(service, name=name) as load:
+    with Signups(service, name=name) as load:
         wait_until(lambda: service.answers.total() > answered + 200)
     assert not load.unanswered
     assert service.answers.keys() == {201, 400, 409}
@@ -114,7 +103,7 @@ def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> No
     with Service(f"--worker-class={kind}", *more, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         assert f"Using worker: {kind}" in service.log()
         sign_up(service, "before")
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
         before = wait_for(service, signup_workers=2, signup_worker_starts_total=2)
         os.kill(service.worker_pids()[0], signal.SIGKILL)
         after = wait_for(
@@ -129,9 +118,9 @@ def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> No
             if key[0].endswith(("_total", "_count", "_bucket", "_sum")) and after[key] < value
         ]
         assert not backwards
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
         sign_up(service, "after")
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_keep_alive_0_closes_after_each_answer(url: str) -> None:
@@ -156,10 +145,10 @@ def test_keep_alive_1_closes_an_idle_connection(url: str) -> None:
 
 def test_max_requests_loses_no_request(url: str) -> None:
     with Service("--max-requests=20", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        with Load(service) as load:
+        with Signups(service) as load:
             wait_until(lambda: service.boots() >= 2 + 4)
         assert not load.unanswered
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
         assert service.metrics().get_value("signup_worker_starts_total") == service.boots()
 
 
@@ -207,9 +196,8 @@ def check_access_lines(service: Service, file: Path) -> None:
         ("GET", "/metrics", {"cookies": {"name": "Quux"}}),
     ):
         requests.request(method, service.url + path, timeout=30, **options)
-    lines = wait_until(
-        lambda: (text := file.read_text()).count("\n") == known + 5 and json_lines(text)[known:]
-    )
+    wait_until(lambda: file.read_text().count("\n") == known + 5)
+    lines = json_lines(file.read_text())[known:]
     seen = sorted((line["method"], line["path"], line["status"]) for line in lines)
     assert seen == [
         ("GET", "/metrics", 200),
@@ -330,14 +318,14 @@ def test_workers_of_another_user_count_as_well(url: str, project: Path) -> None:
         PYTHONPATH=str(packages),
     ) as service:
         sign_up(service, "before")
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
         wait_for(service, signup_workers=2, database_connections_max=25)
         pids = service.worker_pids()
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {nobody.pw_uid}
         os.kill(pids[0], signal.SIGKILL)
         wait_for(service, signup_workers=2, signup_worker_starts_total=3)
         sign_up(service, "after")
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_a_unix_socket(url: str) -> None:
@@ -402,7 +390,7 @@ def test_ttin_and_ttou_change_the_number_of_workers(
             return now.get_value("signup_workers") == workers and low <= most <= high
 
         share = -(-budget // 2)
-        with Load(service) as load:
+        with Signups(service) as load:
             wait_until(lambda: is_reached(2, budget, budget))
             service.process.send_signal(signal.SIGTTIN)
             wait_until(lambda: is_reached(3, budget + 1, budget + share))
@@ -410,13 +398,13 @@ def test_ttin_and_ttou_change_the_number_of_workers(
             wait_until(lambda: is_reached(2, budget, budget))
         assert not load.unanswered
         assert service.metrics().get_value("signup_worker_starts_total") == 3
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_hup_loses_no_request(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         wait_for(service, signup_workers=2, database_connections_max=25)
-        with Load(service) as load:
+        with Signups(service) as load:
             old = service.worker_pids()
             service.process.send_signal(signal.SIGHUP)
             wait_until(lambda: not any(map(is_alive, old)))
@@ -428,7 +416,7 @@ def test_hup_loses_no_request(url: str) -> None:
             )
         assert not load.unanswered
         assert service.boots() == 4
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:

@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 import pytest
 from email_validator import EmailNotValidError, validate_email
 
-from .service import Service, execute, wait_until
+from testbed import wait_until
+from testbed.database import count_users
+from testbed.service import Service
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 FIELDS = tuple(USER)
@@ -383,7 +385,7 @@ def nobody_is_harmed(service: Service, database_url: str) -> Iterator[None]:
     yield
     assert service.signup(data=new_user()).status_code == 201
     assert service.boots() == boots
-    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+    service.check_equalities(count_users(database_url))
     log = service.log()[before:]
     assert "traceback" not in log.lower()
     assert not PERSONAL.findall(log)

@@ -13,8 +13,9 @@ import requests
 
 from signup import create_app
 from signup.config import Config
-
-from .service import Postgres, Service, execute, locked_table, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, count_users, execute, locked_table
+from testbed.service import Service
 
 GOOD = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 CLOSE = {"Connection": "close"}  # a worker that is told to end waits for idle connections
@@ -24,7 +25,7 @@ RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 @pytest.fixture(autouse=True)
 def equalities_hold_after_each_test(service: Service, database_url: str) -> Iterator[None]:
     yield
-    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+    service.check_equalities(count_users(database_url))
 
 
 def test_a_valid_signup(service: Service, database_url: str) -> None:
@@ -209,7 +210,7 @@ def test_no_connection_came_free_in_time(postgres: Postgres) -> None:
 def test_an_unexpected_exception(database_url: str) -> None:
     app = create_app(Config.from_env({"DATABASE_URL": database_url}))
 
-    def broken() -> None:
+    def broken() -> str:
         raise RuntimeError("a secret")
 
     app.view_functions["signup"] = broken

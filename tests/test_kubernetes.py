@@ -9,8 +9,8 @@ import yaml
 
 from signup.config import Config
 from signup.database import READY_TIMEOUT
+from testbed import ROOT
 
-from .service import ROOT
 from .test_compose import graceful_timeout
 
 FOLDER = ROOT / "deploy/kubernetes"

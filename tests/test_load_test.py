@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from .load import Load
-from .service import ROOT, Postgres, Service, execute
+from testbed import ROOT
+from testbed.database import Postgres, count_users, execute
+from testbed.load import Signups
+from testbed.service import Service
 
 ENOUGH = 4  # seconds
 
@@ -32,7 +34,7 @@ def test_it_passes_and_agrees_with_the_server(postgres: Postgres, report: Path) 
         words = [verdict.split()[0] for verdict in verdicts]
         assert words[1:] == ["ok"] * 2
         assert passed == (words[0] == "ok")  # the first one is about time, which a test is not
-        rows = execute(url, "SELECT count(*) FROM users")[0][0]
+        rows = count_users(url)
         assert f"the server counted {rows} x 201" in verdicts[2]
         assert verdicts[2].endswith("Locust differs by 0")
     assert "<html" in report.read_text()
@@ -48,7 +50,7 @@ def test_it_fails_when_requests_fail(postgres: Postgres, report: Path) -> None:
 
 
 def test_it_fails_when_the_server_counts_others(postgres: Postgres, report: Path) -> None:
-    with Service(DATABASE_URL=postgres.new_database()) as service, Load(service, 1):
+    with Service(DATABASE_URL=postgres.new_database()) as service, Signups(service, 1):
         passed, verdicts = smoke(service.url, report)
         assert not passed
         assert verdicts[2].startswith("FAILED the server counted")

@@ -12,7 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from .service import Service, execute, is_alive, project_copy, wait_until
+from testbed import wait_until
+from testbed.database import execute
+from testbed.programs import is_alive
+from testbed.service import Service, project_copy
 
 USER = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
 PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent/7")
@@ -105,7 +108,7 @@ def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> No
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: service.boots() == 3)
             service.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: not is_alive(other))  # noqa: B023
+            wait_until(lambda: not is_alive(other))
             wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
             assert how(service) == 0
             lines = events(service)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from .service import Samples, Service, wait_until
+from testbed import wait_until
+from testbed.service import Samples, Service
 
 BUCKETS = [
     "0.005",

@@ -21,8 +21,8 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 import signup
 from signup import create_app
 from signup.config import Config
-
-from .service import OPENMETRICS, Service, execute
+from testbed.database import count_users, execute
+from testbed.service import OPENMETRICS, Service
 
 DOCUMENT: dict[str, Any] = json.loads(Path(signup.__file__).with_name("openapi.json").read_text())
 USER = DOCUMENT["paths"]["/signup"]["post"]["requestBody"]["content"]["*/*"]["example"]
@@ -77,11 +77,11 @@ def test_it_is_served(service: Service) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def every_answer_is_counted(service: Service, database_url: str) -> Iterator[None]:
     yield
-    service.check_equalities(execute(database_url, "SELECT count(*) FROM users")[0][0])
+    service.check_equalities(count_users(database_url))
 
 
 @API.parametrize()
-def test_no_answer_is_beside_it(case: schemathesis.Case, service: Service) -> None:
+def test_no_answer_is_beside_it(case: schemathesis.Case[Any], service: Service) -> None:
     response = case.call(base_url=service.url)
     if case.formatted_path == "/signup":
         service.answers[response.status_code] += 1

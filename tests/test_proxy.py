@@ -10,16 +10,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import requests
 
-from .load import Load
-from .programs import free_port, needs
-from .proxy import Nginx
-from .service import Postgres, Service, execute, is_alive, locked_table, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, count_users, locked_table, stored_emails
+from testbed.load import Signups
+from testbed.nginx import Nginx
+from testbed.programs import free_port, is_alive
+from testbed.service import Service
 
-pytestmark = needs("nginx")
+pytestmark = pytest.mark.needs("nginx")
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 HIDDEN = ("/metrics", "/readyz", "/openapi.json")
@@ -37,7 +40,11 @@ class Stack:
 @contextlib.contextmanager
 def stack(postgres: Postgres) -> Iterator[Stack]:
     url = postgres.new_database()
-    env = {"DATABASE_URL": url, "WEB_CONCURRENCY": "2", "METRICS_SAMPLE_INTERVAL": "0.05"}
+    env: dict[str, Any] = {
+        "DATABASE_URL": url,
+        "WEB_CONCURRENCY": "2",
+        "METRICS_SAMPLE_INTERVAL": "0.05",
+    }
     # The second one has a port that it keeps over a restart.
     with (
         Service(**env) as first,
@@ -60,10 +67,6 @@ def nginx(postgres: Postgres) -> Iterator[Nginx]:
         yield shared.nginx
 
 
-def rows(url: str) -> int:
-    return int(execute(url, "SELECT count(*) FROM users")[0][0])
-
-
 def signups(service: Service) -> float:
     return service.metrics().total("signup_requests_total")
 
@@ -79,11 +82,11 @@ def raw(nginx: Nginx, request: str) -> tuple[int, http.client.HTTPMessage, bytes
 
 
 def test_signups_spread_and_totals_are_exact(own: Stack) -> None:
-    with Load(own.nginx) as load:
+    with Signups(own.nginx) as load:
         wait_until(lambda: own.nginx.answers.total() > 500)
     assert not load.unanswered
     assert set(own.nginx.answers) == {201, 400, 409}
-    own.nginx.check_equalities(rows(own.database))
+    own.nginx.check_equalities(count_users(own.database))
     shares = [signups(service) / own.nginx.answers.total() for service in own.services]
     assert shares == pytest.approx([0.5, 0.5], abs=0.1)
 
@@ -98,7 +101,7 @@ def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> No
         wait_until(lambda: own.nginx.answers.total() > goal)
         return own.nginx.answers[502]
 
-    with Load(own.nginx, clients) as load:
+    with Signups(own.nginx, clients) as load:
         assert more() == 0
         os.killpg(second.process.pid, signal.SIGKILL)
         second.process.wait()
@@ -117,7 +120,7 @@ def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> No
             assert more() <= killed + clients
     assert not load.unanswered
     assert set(own.nginx.answers) <= {201, 400, 409, 502}
-    stored = {email for (email,) in execute(own.database, "SELECT email FROM users")}
+    stored = stored_emails(own.database)
     assert stored >= set(load.acknowledged)
 
 
@@ -136,7 +139,7 @@ def test_a_post_that_may_have_been_executed_is_not_repeated(own: Stack) -> None:
         assert signups(other) == 0
         assert in_flight(other) == 0
     # PostgreSQL went on with the statement: a second one would have been answered with 409.
-    wait_until(lambda: rows(own.database) == 1)
+    wait_until(lambda: count_users(own.database) == 1)
     assert own.nginx.signup(json=USER).status_code == 409
 
 
@@ -170,7 +173,7 @@ def test_one_client_is_limited_and_others_are_not(own: Stack) -> None:
     assert own.nginx.signup(json=USER).status_code == 201  # of another address
     wait_until(lambda: own.nginx.signup(json=USER, address="127.0.0.9").status_code == 409)
     assert sum(map(signups, own.services)) == own.nginx.answers.total() - own.nginx.answers[429]
-    assert rows(own.database) == passed + 1
+    assert count_users(own.database) == passed + 1
 
 
 @pytest.mark.parametrize("path", HIDDEN)
@@ -240,7 +243,7 @@ def test_a_request_keeps_its_id_and_says_nothing_of_itself(nginx: Nginx) -> None
         given = nginx.signup(headers={"X-Request-ID": bad}).headers["X-Request-ID"]
         assert len(given) == 32
         # nginx writes the line once the answer is sent.
-        wait_until(lambda given=given: f'"request_id": "{given}"' in nginx.log())
+        wait_until(lambda: f'"request_id": "{given}"' in nginx.log())
     # gunicorn would refuse these two together, of whoever it believes; it believes this machine.
     lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
     assert nginx.signup(headers=lies).json() == {"error": "invalid request body"}
@@ -249,7 +252,7 @@ def test_a_request_keeps_its_id_and_says_nothing_of_itself(nginx: Nginx) -> None
 def test_forwarded_headers_are_believed_of_the_proxy_alone(database_url: str) -> None:
     lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
     for proxies, status in (("127.0.0.0/8", 400), ("192.0.2.0/24", 200)):
-        env = {"DATABASE_URL": database_url, "FORWARDED_ALLOW_IPS": proxies}
+        env: dict[str, Any] = {"DATABASE_URL": database_url, "FORWARDED_ALLOW_IPS": proxies}
         with Service(**env) as service:
             assert service.get("/", headers=lies).status_code == status
 

@@ -6,9 +6,8 @@ from functools import cache
 
 import pytest
 
-from .programs import needs
-from .service import ROOT
-from .watched import (
+from testbed import ROOT
+from testbed.watched import (
     ALL,
     CODES,
     CONTAINERS,
@@ -26,7 +25,7 @@ from .watched import (
     quantile,
 )
 
-pytestmark = needs("prometheus", "promtool")
+pytestmark = pytest.mark.needs("prometheus", "promtool")
 
 TEXT = (ROOT / "docs/queries.md").read_text()
 QUERIES = dict(re.findall(r"^([^\n]+):\n\n```promql\n(.*?)```", TEXT, re.MULTILINE | re.DOTALL))

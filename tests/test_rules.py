@@ -7,8 +7,8 @@ from collections import defaultdict
 import pytest
 import yaml
 
-from .programs import needs
-from .service import ROOT, Service
+from testbed import ROOT
+from testbed.service import Service
 
 PROMETHEUS = ROOT / "prometheus"
 GROUPS = [
@@ -27,11 +27,11 @@ TESTS = [
 
 
 def seconds(duration: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    units: dict[str, int] = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     return sum(int(n) * units[unit] for n, unit in re.findall(r"(\d+)([smhd])", duration))
 
 
-@needs("promtool", "amtool")
+@pytest.mark.needs("promtool", "amtool")
 def test_everything_passes_promtool_and_amtool() -> None:
     done = subprocess.run(["make", "check-rules"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,9 +57,9 @@ def test_every_alert_has_its_tests() -> None:
         if re.search(r"rate|increase|_per_", rule["expr"]):  # it reads counters
             assert expected[alert, "reset"][:2] == [False, True], alert
     # No alert at all without traffic, nor when healthy replicas restart.
-    silent = {test["name"].partition(":")[0]: test for test in TESTS if "ALERTS" in str(test)}
-    assert silent.keys() == {"idle", "reset"}
-    for test in silent.values():
+    quiet = {test["name"].partition(":")[0]: test for test in TESTS if "ALERTS" in str(test)}
+    assert quiet.keys() == {"idle", "reset"}
+    for test in quiet.values():
         of_alerts = [t for t in test["promql_expr_test"] if "ALERTS" in t["expr"]]
         assert [t.get("exp_samples") for t in of_alerts] == [None]
 
@@ -102,7 +102,7 @@ def test_rules_read_what_there_is(service: Service) -> None:
     assert f">= {len(own)}" in ALERTS["SignupMetricsMissing"]["expr"]
 
 
-@needs("promtool")
+@pytest.mark.needs("promtool")
 def test_metric_names_pass_promtool(service: Service) -> None:
     done = subprocess.run(
         ["promtool", "check", "metrics"],
@@ -113,7 +113,7 @@ def test_metric_names_pass_promtool(service: Service) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@needs("amtool")
+@pytest.mark.needs("amtool")
 @pytest.mark.parametrize(
     ("severity", "receiver"), [("critical", "page"), ("warning", "ticket"), ("info", "info")]
 )

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .service import Service
+from testbed.service import Service
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 BODY = json.dumps(USER | {"email": "slow@example.com"}).encode()

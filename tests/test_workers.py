@@ -10,21 +10,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
-from benchmarks.soak import WORKERS, soak
+from drills.soak import WORKERS, soak
 from signup.slots import Slot
-
-from .load import Load
-from .service import Postgres, Service, execute, is_alive, locked_table, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, count_users, locked_table
+from testbed.load import Signups
+from testbed.programs import is_alive
+from testbed.service import Service
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-
-
-def rows(url: str) -> int:
-    return int(execute(url, "SELECT count(*) FROM users")[0][0])
 
 
 @pytest.fixture
@@ -42,15 +41,15 @@ def test_replacements_of_all_sorts_under_load(url: str) -> None:
 
 def test_reloads_and_recycling_lose_no_request(url: str) -> None:
     with Service("--max-requests=200", DATABASE_URL=url, WEB_CONCURRENCY="3") as service:
-        with Load(service) as load:
+        with Signups(service) as load:
             for _ in range(2):
                 booted = service.boots()
                 service.process.send_signal(signal.SIGHUP)
-                wait_until(lambda: service.boots() >= booted + 3)  # noqa: B023
+                wait_until(lambda: service.boots() >= booted + 3)
             booted = service.boots()
             wait_until(lambda: service.boots() >= booted + 4)  # by max_requests
         assert not load.unanswered
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_live_workers_never_share_a_slot(url: str) -> None:
@@ -76,7 +75,7 @@ def test_live_workers_never_share_a_slot(url: str) -> None:
         assert request.result().status_code == 201
         wait_until(lambda: service.metrics().get_value("signup_workers") == 3)
         assert service.metrics().get_value("signup_worker_starts_total") == 3 + 3
-        service.check_equalities(rows(url))
+        service.check_equalities(count_users(url))
 
 
 def test_live_gauges_drop_with_their_worker(url: str) -> None:
@@ -114,7 +113,7 @@ def test_term_finishes_what_is_in_flight(url: str) -> None:
             wait_until(lambda: "Handling signal: term" in service.log())
         assert [answer.result().status_code for answer in answers] == [201] * 4
         assert service.wait() == 0
-    assert rows(url) == 4
+    assert count_users(url) == 4
 
 
 def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
@@ -122,9 +121,9 @@ def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
         (pid,) = service.worker_pids()
         for _ in range(5):
             os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not is_alive(pid))  # noqa: B023
+            wait_until(lambda: not is_alive(pid))
             (pid,) = wait_until(service.worker_pids)
-            wait_until(lambda: service.metric_files(pid), pause=0)  # noqa: B023
+            wait_until(lambda: service.metric_files(pid), pause=0)
         assert service.get("/healthz").status_code == 200
 
 
@@ -141,7 +140,7 @@ def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
         assert before.get_value("process_open_fds") == pytest.approx(files, abs=5)
         started = before.get_value("process_start_time_seconds")
         assert 0 < time.time() - started < 120
-        with Load(service):
+        with Signups(service):
             wait_until(lambda: service.answers.total() > 300)
         worked = service.metrics().get_value("process_cpu_seconds_total")
         assert worked > before.get_value("process_cpu_seconds_total")
@@ -162,7 +161,7 @@ def proc_kilobytes(pid: int, name: str) -> int:
 
 def test_each_master_has_a_folder_of_its_own_in_the_named_one(url: str, tmp_path: Path) -> None:
     (tmp_path / "counter_7.db").write_text("mine")
-    named = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    named: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     with Service(**named) as service:
         folder = service.metrics_folder()
         assert folder.parent == tmp_path
@@ -238,7 +237,7 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_folder_is_one_error_and_no_loop_of_forks(url: str, full: Path) -> None:
-    env = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(full)}
+    env: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(full)}
     with Service(WEB_CONCURRENCY="2", **env) as service:
         wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
         wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
@@ -258,7 +257,7 @@ def test_a_worker_that_dies_before_it_has_loaded_is_counted(url: str) -> None:
         for _ in range(deaths):
             before = set(service.worker_pids())
             os.kill(max(before - {oldest}), signal.SIGKILL)
-            wait_until(lambda: set(service.worker_pids()) - before, pause=0)  # noqa: B023
+            wait_until(lambda: set(service.worker_pids()) - before, pause=0)
         starts = "signup_worker_starts_total"
         wait_until(lambda: service.metrics().get_value(starts) == 2 + deaths)
 

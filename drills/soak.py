@@ -1,7 +1,7 @@
-"""Replaces workers under load, and shows what that does to the metrics folder and to the scrape.
+"""`make soak`: replaces workers under load, and shows what becomes of metrics and scrapes.
 
-`make soak` runs it with the service as it is, and beside it with the library's own way: a set of
-files for each process id.
+It does so with the service as it is, and beside it with the library's own way: a set of files for
+each process id.
 """
 
 import os
@@ -11,8 +11,10 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tests.load import Load, Scraper, scrape_time
-from tests.service import Postgres, Service, execute, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, count_users
+from testbed.load import Scraper, Signups, scrape_time
+from testbed.service import Service
 
 WORKERS = 4
 CLIENTS = 8
@@ -49,7 +51,7 @@ def soak(service: Service, url: str, replacements: int) -> Report:
     files, duration = _count_files(service), scrape_time(service)
     start = service.boots()
     kills = 0
-    with Load(service, CLIENTS) as load, Scraper(service, SCRAPERS) as scraper:
+    with Signups(service, CLIENTS) as load, Scraper(service, SCRAPERS) as scraper:
         while service.boots() - start < replacements:
             if chance.random() < 0.3:
                 _reload(service)
@@ -58,7 +60,7 @@ def soak(service: Service, url: str, replacements: int) -> Report:
                 kills += 1
                 wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
             answered = service.answers.total()
-            wait_until(lambda: service.answers.total() > answered + 50)  # noqa: B023
+            wait_until(lambda: service.answers.total() > answered + 50)
     report = Report(
         replacements=service.boots() - start,
         kills=kills,
@@ -86,7 +88,7 @@ def _check(service: Service, url: str, report: Report) -> None:
     assert report.answers <= total <= report.answers + report.unanswered
     # The duration is counted first, then the request: a kill may come between the two.
     assert total <= now.total("signup_request_duration_seconds_count") <= total + report.unanswered
-    rows = execute(url, "SELECT count(*) FROM users")[0][0]
+    rows = count_users(url)
     assert counted[201] <= rows <= counted[201] + report.unanswered
 
 

@@ -1,6 +1,6 @@
-"""Draws a preview of each dashboard, from its file and from the real data of a few minutes.
+"""`make previews`: draws each dashboard, from its file and from the real data of a few minutes.
 
-`make dashboards` writes docs/dashboard-*.png. Panels are where the file places them, with its
+The pictures are docs/dashboard-*.png. Panels are where the file places them, with its
 titles, units, thresholds and colours; Grafana itself draws more beautifully.
 """
 
@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Wedge
 
-from tests.monitoring import Prometheus
-from tests.service import ROOT
+from testbed import ROOT
+from testbed.monitoring import Prometheus
 
-from .alert_drill import Drill, Lock
+from .alerts import Deployment, Lock
 
 WIDTH, ROW, DPI = 1280, 38, 100  # pixels of a picture and of a row of the grid; of an inch
 BACK, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e99", "#2c2f36"
@@ -171,7 +171,7 @@ def draw_bars(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     values = {name: samples[-1][1] for name, samples in series.items()}
     axes.barh(list(values), list(values.values()), color=PALETTE[0], height=0.6)
     for name, value in values.items():
-        axes.text(value, name, f" {number(value, unit)}", color=TEXT, va="center", size=8)
+        axes.text(value, name, f" {number(value, unit)}", color=TEXT, va="center", size=8)  # type: ignore[arg-type]
     axes.set_xlim(0, max(*values.values(), 1e-9) * 1.25)
     axes.tick_params(colors=FAINT, labelsize=9, length=0)
     axes.xaxis.set_major_formatter(lambda value, _: number(value, unit))
@@ -298,18 +298,18 @@ def legend(target: dict[str, Any], labels: dict[str, str]) -> str:
 
 def main() -> None:
     """Cause some traffic, good and bad, and draw all dashboards."""
-    with Drill() as drill:
+    with Deployment() as deployment:
         start = time.time()
-        with drill.traffic.changed(special="bad", every=30):
+        with deployment.traffic.changed(special="bad", every=30):
             time.sleep(40)
-            with drill.traffic.changed(rate=48):
+            with deployment.traffic.changed(rate=48):
                 time.sleep(30)
-        with drill.traffic.changed(special="again@example.com", every=20):
+        with deployment.traffic.changed(special="again@example.com", every=20):
             time.sleep(30)
-            with Lock(drill.admin_url, seconds=0.3):
+            with Lock(deployment.admin_url, seconds=0.3):
                 time.sleep(15)
             time.sleep(40)
-        query = ask(drill.prometheus, start, time.time(), RATE_INTERVAL)
+        query = ask(deployment.prometheus, start, time.time(), RATE_INTERVAL)
         for file in (ROOT / "grafana/dashboards").iterdir():
             path = ROOT / f"docs/dashboard-{file.stem}.png"
             draw(json.loads(file.read_text()), query, path)

@@ -1,4 +1,4 @@
-"""The system programs that tests and drills start."""
+"""Programs of the system: whether they are there, and how they start and end."""
 
 import os
 import shutil
@@ -7,11 +7,9 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import pytest
-
-from .service import wait_until
+from . import wait_until
 
 PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "prometheus": "prometheus",
@@ -20,6 +18,9 @@ PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "amtool": "prometheus-alertmanager",
     "nginx": "nginx",
     "pgbouncer": "pgbouncer",
+    "wrk": "wrk",
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
 }
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"  # servers; a user's own has no sbin
 
@@ -29,13 +30,11 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=PATH) or shutil.which(name.removeprefix("prometheus-"))
 
 
-def needs(*names: str) -> pytest.MarkDecorator:
-    """Skips a test where one of these programs is missing, and says which."""
-    missing = [name for name in names if program(name) is None]
-    packages = " ".join(sorted({PACKAGES[name] for name in missing}))
-    return pytest.mark.skipif(
-        bool(missing), reason=f"missing: {', '.join(missing)} (apt-get install {packages})"
-    )
+def missing(*names: str) -> str:
+    """Which of these programs are missing, and how to get them; empty if none is."""
+    absent = [name for name in names if program(name) is None]
+    packages = " ".join(sorted({PACKAGES[name] for name in absent}))
+    return f"missing: {', '.join(absent)} (apt-get install {packages})" if absent else ""
 
 
 def free_port() -> int:
@@ -44,10 +43,18 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Program:
     """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="signup-test-", dir="/tmp"))
         self._log = self.folder / "log"
         try:

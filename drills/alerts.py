@@ -1,4 +1,4 @@
-"""Causes what the alerts are for, and waits for each alert in Alertmanager, and for its end.
+"""`make alert-drill`: causes what alerts are for, and waits for each, and for its end.
 
 A real service under steady traffic, a real Prometheus with a copy of the rules, and a real
 Alertmanager. Thresholds are those of the rules; the times are short, as WAITS says. One alert is
@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import requests
 
-from tests.faults import locked, stopped
-from tests.load import Background
-from tests.monitoring import Alertmanager, Prometheus
-from tests.service import Postgres, Service, locked_table, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, locked_table
+from testbed.faults import locked, stopped
+from testbed.load import Background
+from testbed.monitoring import Alertmanager, Prometheus
+from testbed.service import Service
 
 # Windows, offsets and waits of the rules, and how long they are here.
 WAITS = {
@@ -125,30 +127,30 @@ class Killer(Background):
 class Restarter(Background):
     """Starts the service on one port, ends it once it has been scraped, and so on."""
 
-    def __init__(self, drill: "Drill") -> None:
+    def __init__(self, deployment: "Deployment") -> None:
         super().__init__(1)
-        self._drill = drill
+        self._deployment = deployment
         with socket.create_server(("127.0.0.1", 0)) as server:
             self._port = server.getsockname()[1]
 
-    def __enter__(self) -> Any:
-        self._drill.scrape(f"http://127.0.0.1:{self._port}")
+    def __enter__(self) -> Self:
+        self._deployment.scrape(f"http://127.0.0.1:{self._port}")
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self._drill.scrape()
+        self._deployment.scrape()
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        with self._drill.replica(workers="1", port=self._port):
+        with self._deployment.replica(workers="1", port=self._port):
             is_up = f'up{{instance="127.0.0.1:{self._port}"}} == 1'
-            wait_until(lambda: self._drill.prometheus.query(is_up))
+            wait_until(lambda: self._deployment.prometheus.query(is_up))
 
 
-class Drill:
+class Deployment:
     """Two replicas of the service, with 4 workers and with one, and what watches them."""
 
-    def __enter__(self) -> "Drill":
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._postgres = stack.enter_context(Postgres())
             self._url = self._postgres.new_database()
@@ -268,7 +270,8 @@ class Drill:
         """Cause it until these alerts are in Alertmanager, and wait for their end."""
         block, _ = self.causes()[cause]
         wait_until(lambda: not self._present(alerts), timeout=90)
-        fired, resolved = {}, {}
+        fired: dict[str, float] = {}
+        resolved: dict[str, float] = {}
         with block():
             begin = time.monotonic()
             while len(fired) < len(alerts):
@@ -277,8 +280,7 @@ class Drill:
         end = time.monotonic()
         while len(resolved) < len(alerts):
             present = wait_until(
-                lambda: {*alerts} - self._present(alerts) - resolved.keys(),
-                timeout=90,
+                lambda: {*alerts} - self._present(alerts) - resolved.keys(), timeout=90
             )
             for alert in present:
                 resolved[alert] = time.monotonic() - end
@@ -291,9 +293,9 @@ class Drill:
 def main() -> None:
     """Print a row for each alert."""
     print(f"{'alert':34}{'caused how':40}{'fired after':>11}{'resolved after':>16}")
-    with Drill() as drill:
-        for cause, (_, alerts) in drill.causes().items():
-            for report in drill.run(cause, alerts):
+    with Deployment() as deployment:
+        for cause, (_, alerts) in deployment.causes().items():
+            for report in deployment.run(cause, alerts):
                 print(
                     f"{report.alert:34}{report.cause:40}{report.fired:9.1f} s"
                     f"{report.resolved:14.1f} s",

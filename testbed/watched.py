@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from time import time
 
+from . import wait_until
+from .database import Postgres, locked_table
 from .faults import read_only
 from .monitoring import Prometheus
-from .service import Postgres, Samples, Service, locked_table, wait_until
+from .service import Samples, Service
 
 # What is sent: how often with each outcome, and for what.
 ERRORS = {
@@ -73,7 +75,7 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
             wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
             now, samples = time(), service.metrics()
         assert now - idle < 55, "too slow for the queries that look back a minute"
-        prometheus.load(_past_samples(now - 3600))
+        prometheus.backfill(_past_samples(now - 3600))
         yield Watched(prometheus, idle, now, samples)
 
 

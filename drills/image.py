@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.programs import free_port
-from tests.service import ROOT, Client, Postgres, execute, wait_until
+from testbed import ROOT, wait_until
+from testbed.database import Postgres, count_users
+from testbed.programs import free_port, missing
+from testbed.service import Client
 
-PROGRAMS = ["buildah", "debootstrap"]
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 # What pip and curl need of this machine to reach a package index.
 LENT = [Path("/etc/pip.conf"), Path("/etc/ssl/certs"), Path("/etc/resolv.conf")]
@@ -86,8 +86,8 @@ def built_image() -> Iterator[tuple[dict[str, Any], Path]]:
 
 
 def main() -> None:
-    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
-        sys.exit(f"missing: {', '.join(missing)} (apt-get install {' '.join(missing)})")
+    if reason := missing("buildah", "debootstrap"):
+        sys.exit(reason)
     if os.geteuid() != 0:
         sys.exit("image-check mounts and changes its root folder: run it as root")
     with built_image() as (config, tree), Postgres() as postgres:
@@ -140,7 +140,7 @@ def check(config: dict[str, Any], tree: Path, postgres: Postgres) -> None:
         answers = [client.signup(json=USER).status_code for _ in range(2)]
         print("two signups:", *answers)
         assert answers == [201, 409]
-        client.check_equalities(execute(url, "SELECT count(*) FROM users")[0][0])
+        client.check_equalities(count_users(url))
         user = Path(f"/proc/{process.pid}").stat()
         assert f"{user.st_uid}:{user.st_gid}" == config["User"]
         for path in (f"{config['WorkingDir']}/file", "/venv/file"):

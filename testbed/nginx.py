@@ -1,15 +1,15 @@
-"""A real nginx in front of the service, with nginx/nginx.conf."""
+"""nginx in front of the service, with nginx/nginx.conf."""
 
 import itertools
 import socket
-from collections import Counter
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 
+from . import ROOT
 from .programs import Program, free_port
-from .service import ROOT, Client, Samples, Service
+from .service import Client, Samples, Service
 
 
 class FromAddress(HTTPAdapter):
@@ -66,8 +66,8 @@ class Nginx(Program, Client):
             return super().signup(method, **options | {"session": session})
 
     def metrics(self, openmetrics: bool = False) -> Samples:
-        totals: Counter[Any] = Counter()
+        totals = Samples()
         for service in self._services:
             for key, value in service.metrics(openmetrics).items():
-                totals[key] += value
-        return Samples(totals)
+                totals[key] = totals.get(key, 0) + value
+        return totals

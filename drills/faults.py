@@ -1,6 +1,6 @@
-"""Breaks the database in every way of tests/faults.py under load, and prints what clients saw.
+"""`make fault-drill`: breaks the database in every way under load, and shows what clients saw.
 
-`make drill` runs it, and then the durability drill: PostgreSQL is killed while clients sign up.
+The ways are those of testbed/faults.py. At the end PostgreSQL is killed while clients sign up.
 """
 
 import json
@@ -10,13 +10,16 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
+from typing import Any
 
-from tests.faults import FAULTS
-from tests.load import Load
-from tests.service import Postgres, Service, execute, wait_until
+from testbed import wait_until
+from testbed.database import Postgres, stored_emails
+from testbed.faults import FAULTS
+from testbed.load import Signups
+from testbed.service import Service
 
 # Short, so that a drill is; the bound for an answer is their sum and a second.
-TIMEOUTS = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "1"}
+TIMEOUTS: dict[str, Any] = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "1"}
 USER = {"first_name": "Ada", "last_name": "Lovelace"}
 
 
@@ -44,7 +47,7 @@ def fault_drill(
     before, counted = service.answers.copy(), _database_errors(service)
     logged = len(service.log())
     with FAULTS[fault](postgres, url):
-        with Load(service, name=f"{fault.replace(' ', '-')}-{time.time_ns()}") as load:
+        with Signups(service, name=f"{fault.replace(' ', '-')}-{time.time_ns()}") as load:
             wait_until(lambda: _failed(service.answers - before) >= failures, timeout=60)
         readyz, healthz = (service.get(path).status_code for path in ("/readyz", "/healthz"))
     answers = service.answers - before
@@ -55,7 +58,7 @@ def fault_drill(
     assert not load.unanswered
     assert _database_errors(service) - counted == _failed(service.answers - before)
     causes = _check_causes(service.log()[logged:])
-    _check_acknowledged(postgres.admin_url(url), load.acknowledged)
+    assert stored_emails(postgres.admin_url(url)).issuperset(load.acknowledged)
     return Report(fault, answers, load.slowest, readyz, healthz, causes, recovery)
 
 
@@ -66,12 +69,12 @@ def durability_drill(
 
     Returns the numbers of acknowledged emails and of those that are not in the table.
     """
-    with Load(service, name="durable") as load:
+    with Signups(service, name="durable") as load:
         for goal in (signups // 3, signups * 2 // 3, signups):
-            wait_until(lambda: len(load.acknowledged) >= goal, timeout=300)  # noqa: B023
+            wait_until(lambda: len(load.acknowledged) >= goal, timeout=300)
             postgres.signal(signal.SIGKILL)
             postgres.restart()
-    stored = {email for (email,) in execute(postgres.admin_url(url), "SELECT email FROM users")}
+    stored = stored_emails(postgres.admin_url(url))
     return len(load.acknowledged), len(set(load.acknowledged) - stored)
 
 
@@ -86,11 +89,6 @@ def _signup_again(service: Service) -> bool:
 
 def _database_errors(service: Service) -> float:
     return service.quiet_metrics().get_value("signup_errors_total", error_type="database")
-
-
-def _check_acknowledged(url: str, emails: list[str]) -> None:
-    stored = {email for (email,) in execute(url, "SELECT email FROM users")}
-    assert stored.issuperset(emails)
 
 
 def _check_causes(log: str) -> set[str]:

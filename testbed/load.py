@@ -1,10 +1,10 @@
-"""Clients that sign up and a scraper that watches, in the background of a `with` block."""
+"""Load: clients that sign up, and scrapers that watch, in the background of a `with` block."""
 
 import threading
 import time
 from collections import Counter
 from statistics import median
-from typing import Any
+from typing import Self
 
 import requests
 
@@ -19,7 +19,7 @@ class Background:
         self._errors: list[BaseException] = []
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
@@ -45,7 +45,7 @@ class Background:
         raise NotImplementedError
 
 
-class Load(Background):
+class Signups(Background):
     """Signups over connections that are kept alive: of ten, eight good, one bad, one a duplicate.
 
     `acknowledged` are the emails that got a 201, `unanswered` counts what got no HTTP answer, and

@@ -1,4 +1,4 @@
-"""A real Prometheus and a real Alertmanager, for tests and drills."""
+"""Prometheus and Alertmanager, with the configuration that they have in production."""
 
 import json
 import re
@@ -10,8 +10,8 @@ from typing import Any
 import requests
 import yaml
 
+from . import ROOT
 from .programs import Program
-from .service import ROOT
 
 
 class Watcher(Program):
@@ -44,7 +44,7 @@ class Alertmanager(Watcher):
     def alerts(self) -> dict[str, str]:
         """The state of each alert: active, or suppressed by another one."""
         return {
-            alert["labels"]["alertname"]: alert["status"]["state"]
+            alert["labels"]["alertname"]: str(alert["status"]["state"])
             for alert in self.get("/api/v2/alerts")
         }
 
@@ -130,7 +130,7 @@ class Prometheus(Watcher):
             for series in result
         }
 
-    def load(self, samples: str) -> None:
+    def backfill(self, samples: str) -> None:
         """Add these samples of the past, in OpenMetrics format; Prometheus restarts for it."""
         self.stop()
         file = self.folder / "samples"

@@ -1,4 +1,4 @@
-"""For benchmarks/soak.py: the service, but with the library's own way of keeping metrics."""
+"""For drills/soak.py: the service, but with the library's own way of keeping metrics."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""What tests, drills and benchmarks share: a PostgreSQL, the service, and its /metrics."""
+"""The service under gunicorn, and what can be asked of it."""
 
 import contextlib
 import os
@@ -9,132 +9,24 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import requests
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from signup.config import Config
-from signup.connection import connect
-from testbed.postgres import EmbeddedPostgres, home_for
+from . import ROOT, wait_until
+from .postgres import home_for
 
-ROOT = Path(__file__).resolve().parent.parent
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 CLOSE = {"Connection": "close"}  # a worker that ends waits for connections that are kept alive
 SETTINGS = re.compile(
     "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
 )
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 30, pause: float = 0.02) -> Any:
-    """The first true result of `condition`; fails after `timeout` seconds without one."""
-    give_up = time.monotonic() + timeout
-    while not (result := condition()):
-        assert time.monotonic() < give_up, f"not in {timeout} s: {condition}"
-        time.sleep(pause)
-    return result
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-class Postgres:
-    """An embedded PostgreSQL of its own, gone after the `with` block."""
-
-    def __enter__(self) -> "Postgres":
-        self._folder = tempfile.mkdtemp(prefix="signup-test-", dir="/tmp")
-        Path(self._folder).chmod(0o755)  # under root, PostgreSQL runs as another user
-        self.server = EmbeddedPostgres(Path(self._folder))
-        self.url = self.server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.signal(signal.SIGCONT)
-        self.server.stop()
-        shutil.rmtree(self._folder)
-
-    def new_database(self, locale: str = "builtin C.UTF-8", encoding: str = "UTF8") -> str:
-        """The URL of an empty database, for a role that may just use it.
-
-        `locale` is libc's, or one with its provider in front.
-        """
-        name = f"test_{time.monotonic_ns()}"
-        execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
-        provider, _, other = locale.rpartition(" ")
-        options = f"LOCALE_PROVIDER {provider} {provider}_LOCALE '{other}'" if provider else ""
-        if encoding != "UTF8":
-            options = ""
-        execute(
-            self.url,
-            f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C' {options}",
-        )
-        admin = self.url.replace("/postgres?", f"/{name}?")
-        execute(admin, f"GRANT CREATE ON SCHEMA public TO {name}")
-        return admin.replace("//postgres@", f"//{name}:right@")
-
-    def admin_url(self, url: str) -> str:
-        """The administrator's URL of the database that `url` names."""
-        return re.sub("//[^@]*@", "//postgres@", url)
-
-    def pids(self) -> list[int]:
-        """The server's main process, then its others; nothing where it doesn't run."""
-        with contextlib.suppress(FileNotFoundError):
-            main = int((self.server.data / "postmaster.pid").read_text().splitlines()[0])
-            others = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-            return [main, *map(int, others)]
-        return []
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process of the server."""
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def stop(self, mode: str = "fast") -> None:
-        self.server.run("pg_ctl", "-D", self.server.data, "-m", mode, "-w", "stop")
-
-    def restart(self) -> None:
-        """Start the server again after `stop`, or after it was killed."""
-        pids = self.pids()
-        wait_until(lambda: not any(map(is_alive, pids)))
-        self.server.stop()
-        assert self.server.start() == self.url
-
-
-@contextlib.contextmanager
-def session(url: str) -> Iterator[Any]:
-    """The cursor of a connection of its own, in autocommit mode."""
-    config = Config.from_env({"DATABASE_URL": url, "DATABASE_STATEMENT_TIMEOUT": "60"})
-    connection = connect(config, deadline=time.monotonic() + 600)
-    with contextlib.closing(connection), connection.cursor() as cursor:
-        cursor.execute("SET application_name = 'test'")
-        yield cursor
-
-
-def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
-    """Run `sql`, and return the rows if there are any."""
-    with session(url) as cursor:
-        cursor.execute(sql)
-        return cursor.fetchall() if cursor.description else []
-
-
-@contextlib.contextmanager
-def locked_table(url: str) -> Iterator[None]:
-    """While the block runs, whoever uses the table `users` waits."""
-    with session(url) as cursor:
-        cursor.execute("BEGIN; LOCK TABLE users")
-        yield
 
 
 class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
@@ -198,8 +90,7 @@ class Client:
             )
             return None if busy else now
 
-        samples: Samples = wait_until(quiet)
-        return samples
+        return wait_until(quiet)
 
     def check_equalities(self, rows: int) -> None:
         """Design, section 3: what holds at every quiet moment. `rows` are those in `users`."""
@@ -246,7 +137,7 @@ class Service(Client):
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> Self:
         self._output = tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
         self.process = subprocess.Popen(
             self._command,
@@ -321,7 +212,7 @@ class Service(Client):
 
     def metrics_folder(self) -> Path:
         """Where the workers keep their metrics."""
-        files: set[Path] = wait_until(lambda: self.metric_files(self.worker_pids()[0]))
+        files = wait_until(lambda: self.metric_files(self.worker_pids()[0]))
         return files.pop().parent
 
 

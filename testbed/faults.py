@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from .service import Postgres, execute, locked_table
+from .database import Postgres, execute, locked_table
 
 Fault = Callable[[Postgres, str], contextlib.AbstractContextManager[None]]
 FILE_LIMIT = 17 * 2**20  # bytes; more than a file of the write-ahead log
