@@ -1,9 +1,6 @@
-"""gunicorn's settings, then the hooks of the master's and the workers' lives.
+"""gunicorn's settings, then its hooks. From another folder, name this file with --config."""
 
-gunicorn finds this file by itself in its folder; from elsewhere, name it with --config.
-"""
-
-import atexit
+import json
 import os
 import resource
 import shutil
@@ -14,26 +11,16 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 from prometheus_client.multiprocess import mark_process_dead
-from psycopg2.extensions import parse_dsn
 
 chdir = str(Path(__file__).resolve().parent)
 sys.path.insert(0, chdir)
-
-
-def _forget_service(kept: str = "") -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "signup"]:
-        if name != kept:
-            del sys.modules[name]  # so that it is imported as it is on disk now
-
-
-_forget_service()  # HUP reads this file again, and has the new workers run new code
 from signup import database, logs, metrics, slots  # noqa: E402
-from signup.config import Config, ConfigError  # noqa: E402
+from signup.config import Config  # noqa: E402
 
-try:
-    settings = Config.from_env()
-except ConfigError as error:
-    sys.exit(str(error))
+# A worker imports the service as it is on disk by then: --reload and HUP run new code.
+for name in [name for name in sys.modules if name.partition(".")[0] == "signup"]:
+    del sys.modules[name]
+settings = Config.from_env()
 
 bind = f"0.0.0.0:{settings.port}"
 # A worker for each core, and at least 2, so that one can be replaced.
@@ -51,7 +38,11 @@ control_socket_disable = True  # its default path is one for all instances of a 
 forwarder_headers = ""  # no header may replace the path that is matched and counted
 logger_class = logs.GunicornLogger
 loglevel = settings.log_level
-access_log_format = "request"  # signup/logs.py adds the fields that are not personal
+# JSON, and nothing personal; it is off unless accesslog is set.
+access_log_format = (
+    '{"time": "%(t)s", "method": "%(m)s", "path": "%({signup.path}e)s", "status": %(s)s, '
+    '"duration": %(L)s, "request_id": "%({signup.request_id}e)s"}'
+)
 proc_name = "signup"
 
 
@@ -61,47 +52,37 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         return
     if server.cfg.preload_app:
         sys.exit("preload_app is not supported: each worker makes its own metrics and connections")
-    try:
-        server.config = Config.from_env(os.environ | server.cfg.env)
-        server.config.check(workers=new_value)
-    except ConfigError as error:
-        sys.exit(str(error))
+    server.config = Config.from_env(os.environ | server.cfg.env, workers=new_value)
 
 
 def on_starting(server: Any) -> None:
-    """Before the first worker: a metrics folder, and a database with its schema."""
+    """Before the first worker: a database with its schema, and a metrics folder."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn sets its own handlers
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    database.create_schema(server.config)
     try:
-        parent = server.config.prometheus_multiproc_dir or worker_tmp_dir
-        server.folder = slots.make_folder(parent)
-        atexit.register(_clean_up, server)  # on_exit would miss an exit during the start
-        database.create_schema(server.config)
+        server.folder = slots.make_folder(server.config.prometheus_multiproc_dir or worker_tmp_dir)
     except OSError as error:
         sys.exit(f"PROMETHEUS_MULTIPROC_DIR: {error}")
-    except database.Unavailable as error:
-        sys.exit(str(error))
 
 
 def when_ready(server: Any) -> None:
-    """Say where the service is, and its database."""
-    url = parse_dsn(server.config.database_url)
+    """Say where the service is."""
     address = str(server.LISTENERS[0]).replace("0.0.0.0", "localhost")
-    name, host = url.get("dbname", ""), url.get("host", "localhost")
-    print(f"signup service on {address}, database {name!r} on {host}", file=sys.stderr, flush=True)
+    print(f"signup service on {address}, {server.num_workers} workers", file=sys.stderr, flush=True)
 
 
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: a slot for the new worker. Only reaped workers have left WORKERS."""
-    live = [old.slot for old in sorted(server.WORKERS.values(), key=lambda old: -old.age)]
+    taken = {old.slot.number for old in server.WORKERS.values()}
     budget = server.config.database_max_connections
-    worker.slot = slots.Slot.choose(live, budget, server.cfg.workers, server.folder)
+    worker.slot = slots.Slot.choose(taken, budget, server.cfg.workers, server.folder)
     try:
-        if worker.slot.prepare((server.cfg.uid, server.cfg.gid)):
+        if worker.slot.prepare(server.cfg.uid, server.cfg.gid):
             server.starts = metrics.of_master(server.folder)
-            if live:  # somebody removed the folder, and they count into files that nobody finds
+            if taken:  # somebody removed the folder, and they count into files that nobody finds
                 os.kill(os.getpid(), signal.SIGHUP)
     except OSError as error:  # the worker would die of it, and so would the next one
         raise HaltServer(f"PROMETHEUS_MULTIPROC_DIR: {error}", 1) from error
@@ -113,9 +94,7 @@ def post_fork(server: Any, worker: Any) -> None:
     # Until gunicorn sets the worker's handlers, the master's would swallow what ends a worker.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    if server.cfg.reload:
-        _forget_service(kept="signup.slots")
-    slots.current = worker.slot
+    os.environ["SIGNUP_SLOT"] = json.dumps(worker.slot)  # for create_app
 
 
 def post_worker_init(worker: Any) -> None:
@@ -127,14 +106,14 @@ def post_worker_init(worker: Any) -> None:
 def worker_int(worker: Any) -> None:
     """In a worker that ends at once. Ctrl-C reaches it as well as its master, who ends it again."""
     for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master, once a worker is reaped, however it died."""
-    mark_process_dead(worker.slot.number, str(server.folder))  # drops its live gauges
+    mark_process_dead(worker.slot.number, server.folder)  # drops its live gauges
 
 
-def _clean_up(server: Any) -> None:
-    if os.getpid() == server.pid:  # and not a worker, which inherits this
-        shutil.rmtree(server.folder, ignore_errors=True)
+def on_exit(server: Any) -> None:
+    """In the master, at its end. The next one drops the folder of one that was killed."""
+    shutil.rmtree(server.folder, ignore_errors=True)

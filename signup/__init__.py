@@ -1,24 +1,27 @@
 """The signup service: an application factory, one line a concern."""
 
+import json
 import os
 
 from flask import Flask
 
-from . import logs, metrics, slots, views
-from .config import Config, ConfigError
+from . import logs, metrics, views
+from .config import Config
 from .database import Database
+from .slots import Slot
 
 
 def create_app(config: Config | None = None) -> Flask:
     """The WSGI application, configured from the environment unless a `config` is given.
 
-    Raises ConfigError for a wrong or missing variable, and in a gunicorn worker that
-    gunicorn.conf.py has not set up: it would count for itself alone.
+    Raises ConfigError for a wrong or missing variable, and RuntimeError in a gunicorn worker
+    that gunicorn.conf.py has not set up: it would count for itself alone.
     """
-    config, slot = config or Config.from_env(), slots.current
-    config.check(workers=1)
+    config = config or Config.from_env(workers=1)
+    given = os.environ.get("SIGNUP_SLOT")  # by gunicorn.conf.py
+    slot = Slot(*json.loads(given)) if given else None
     if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
-        raise ConfigError("gunicorn.conf.py was not read: start in its folder, or use --config")
+        raise RuntimeError("gunicorn.conf.py was not read: start in its folder, or use --config")
     connections = slot.connections if slot else config.database_max_connections
     measured = metrics.Metrics(slot, connections)
     app = Flask(__name__, static_folder=None)

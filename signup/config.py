@@ -13,8 +13,8 @@ URL = "postgresql://user:password@host:port/database"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
-class ConfigError(ValueError):
-    """One line for each mistake: the variable, its value unless it is secret, what is allowed."""
+class ConfigError(SystemExit):
+    """The service can't start. Holds a line for each reason, without anything secret."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Config:
     prometheus_multiproc_dir: str = ""
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Config":
+    def from_env(cls, env: Mapping[str, str] = os.environ, workers: int = 0) -> "Config":
         """Read every variable; one that is unset or empty has its default.
 
-        Raises ConfigError, which holds a line for each variable that is wrong.
+        Raises ConfigError, also when so many `workers` could not work with it.
         """
         values: dict[str, Any] = {}
         mistakes = []
@@ -54,25 +54,19 @@ class Config:
                 what = f"{'a whole number' if kind is int else 'seconds'} from {low} to {high}"
                 mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
         config = cls(**values)
+        level, most = config.log_level, config.database_max_connections
+        if level.lower() not in LOG_LEVELS:
+            mistakes.append(f"LOG_LEVEL: {level!r} is not allowed: one of {', '.join(LOG_LEVELS)}")
+        if workers > most:
+            what = f"at least one connection for each of {workers} workers"
+            mistakes.append(f"DATABASE_MAX_CONNECTIONS: '{most}' is not allowed: {what}")
         if config.database_url and (mistake := _mistake_in_url(config.database_url)):
             mistakes.append(f"DATABASE_URL is not allowed: {mistake}")
-        if config.log_level.lower() not in LOG_LEVELS:
-            what = f"one of {', '.join(LOG_LEVELS)}"
-            mistakes.append(f"LOG_LEVEL: {config.log_level!r} is not allowed: {what}")
+        elif workers and not config.database_url:
+            mistakes.append(f"DATABASE_URL is not set: `make run` brings a PostgreSQL; else {URL}")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
         return config
-
-    def check(self, workers: int) -> None:
-        """Raise ConfigError if so many workers can't work with these settings."""
-        most = self.database_max_connections
-        if not self.database_url:
-            raise ConfigError(
-                f"DATABASE_URL is not set: `make run` brings a PostgreSQL; else {URL}"
-            )
-        if workers > most:
-            what = f"at least one connection for each of {workers} workers"
-            raise ConfigError(f"DATABASE_MAX_CONNECTIONS: '{most}' is not allowed: {what}")
 
 
 def _mistake_in_url(url: str) -> str | None:

@@ -11,26 +11,17 @@ from time import monotonic
 from typing import Any
 
 import psycopg2
-from gevent import monkey
 from psycopg2 import OperationalError, extensions
 
 from .config import Config
-
-poll_now = monkey.get_original("select", "poll")  # gevent's must wait to find anything
 
 
 class Connection(extensions.connection):
     """A connection that gives up whatever it waits for at `deadline` (of time.monotonic)."""
 
-    insert: str | None = None  # for signup/database.py: how it inserts
-
     def __init__(self, dsn: str, *, deadline: float) -> None:
         self.deadline = deadline
         super().__init__(dsn)
-
-    def has_input(self) -> bool:
-        """Whether there is something to read: of an idle server, only its farewell."""
-        return _poll(poll_now(), self, select.POLLIN, 0)
 
 
 def connect(config: Config, deadline: float) -> Connection:
@@ -72,16 +63,12 @@ def _wait(connection: Any) -> None:
     # What is raised here closes the connection.
     while (state := connection.poll()) != extensions.POLL_OK:
         event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
-        left = connection.deadline - monotonic()
-        if left > 0 and _poll(select.poll(), connection, event, left):
-            continue
-        if not _poll(poll_now(), connection, event, 0):  # it may have come while this was paused
+        poller = select.poll()
+        poller.register(connection.fileno(), event)
+        left = max(connection.deadline - monotonic(), 0)
+        # Twice: after a pause of this process, time is up before what has come is seen.
+        if not (poller.poll(left * 1000) or poller.poll(10)):
             raise OperationalError("the database did not answer in time")
-
-
-def _poll(poller: Any, connection: Connection, event: int, seconds: float) -> bool:
-    poller.register(connection.fileno(), event)
-    return bool(poller.poll(seconds * 1000))
 
 
 extensions.set_wait_callback(_wait)

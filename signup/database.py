@@ -1,19 +1,15 @@
 """PostgreSQL: the schema, the insert, and the check whether it answers."""
 
 import logging
-import math
-import time
-import zlib
 from contextlib import closing
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, sleep
 from typing import Any
 
 import psycopg2
-from psycopg2.errors import DuplicatePreparedStatement, FeatureNotSupported, InvalidSqlStatementName
 from psycopg2.extras import execute_values
 
-from .config import Config
+from .config import Config, ConfigError
 from .connection import Connection, connect
 from .metrics import Metrics
 from .pool import Pool
@@ -26,18 +22,10 @@ READY_TIMEOUT = 1.0  # seconds for each step of a readiness check; there are two
 # this many seconds later, which only a server that is paused or cut off makes it do.
 GRACE = 1.0
 
-COLUMNS = ("id", "email", "first_name", "last_name", "created_at", "updated_at")
-RFC3339 = """to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-INSERT = f"""
+INSERT = """
 INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
-ON CONFLICT DO NOTHING RETURNING id, email, first_name, last_name,
-    {RFC3339.format("created_at")}, {RFC3339.format("updated_at")}
+ON CONFLICT DO NOTHING RETURNING id, created_at
 """
-# A connection has the INSERT planned once: a tenth more signups a second. The name goes with the
-# text: behind a pooler, another version of the service may have left its own.
-NAME = f"insert_user_{zlib.crc32(INSERT.encode()):08x}"
-PREPARE = f"PREPARE {NAME} (text, text, text, text) AS {INSERT % ('$1', '$2', '$3', '$4')};"
-EXECUTE = f"EXECUTE {NAME} (%s, %s, %s, %s)"
 FOLD = """
 UPDATE users SET email_folded = folded.email FROM (VALUES %s) AS folded (email, id)
 WHERE users.id = folded.id
@@ -49,10 +37,6 @@ log = logging.getLogger(__name__)
 
 class DuplicateEmail(Exception):
     """The email is registered already, in this or another letter case."""
-
-
-class Unavailable(Exception):
-    """The service can't start, since the database can't be used; the message says why."""
 
 
 class Database:
@@ -69,51 +53,33 @@ class Database:
         Never repeated by itself: when the connection is lost after sending, nobody knows whether
         the row was committed. Raises DuplicateEmail, PoolTimeout or psycopg2.Error.
         """
-        with self._pool.connection(self._config.database_pool_timeout) as connection:
+        values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
+        timeout = self._config.database_pool_timeout
+        with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
-            started = perf_counter()
-            try:
-                row = _insert(connection, signup)
-            finally:
-                self._metrics.insert_duration.observe(perf_counter() - started)
-        if row is None:
-            raise DuplicateEmail
-        return dict(zip(COLUMNS, row, strict=True))
+            with self._metrics.insert_duration.time():
+                cursor.execute(INSERT, values)
+            if not (row := cursor.fetchone()):
+                raise DuplicateEmail
+        created = f"{row[1]:%Y-%m-%dT%H:%M:%S.%fZ}"  # connections have UTC as their time zone
+        return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:
         """Return if the database answers within 2 seconds; raise PoolTimeout or psycopg2.Error."""
-        with self._pool.connection(READY_TIMEOUT) as connection:
+        with self._pool.connection(READY_TIMEOUT) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + READY_TIMEOUT
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            cursor.execute("SELECT 1")
 
     def report(self, error: Exception) -> None:
         """Log a fault of the database with its cause, at most once a second for each cause."""
         cause, now = describe(error), monotonic()
-        if now - self._reported.get(cause, -math.inf) >= 1:
+        if now >= self._reported.get(cause, 0) + 1:
             self._reported[cause] = now
             log.error("database: %s", cause)
 
 
-def _insert(connection: Connection, signup: Signup) -> tuple[Any, ...] | None:
-    values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
-    statement = connection.insert or PREPARE + EXECUTE
-    connection.insert = connection.insert or EXECUTE
-    with connection.cursor() as cursor:
-        try:
-            cursor.execute(statement, values)
-        except (DuplicatePreparedStatement, InvalidSqlStatementName, FeatureNotSupported):
-            # Another connection of PgBouncer, or another table by now. Nothing has been stored.
-            connection.insert = INSERT
-            cursor.execute(INSERT, values)
-        return cursor.fetchone()
-
-
 def create_schema(config: Config) -> None:
-    """Create the table where it is missing; wait START_TIMEOUT seconds for the database.
-
-    Raises Unavailable with the last cause.
-    """
+    """Create the table where it is missing; wait START_TIMEOUT seconds, or raise ConfigError."""
     give_up = monotonic() + START_TIMEOUT
     while True:
         try:
@@ -122,16 +88,16 @@ def create_schema(config: Config) -> None:
         except psycopg2.Error as error:
             cause = describe(error)
             if not isinstance(error, psycopg2.OperationalError) or monotonic() > give_up:
-                raise Unavailable(f"the database can't be used: {cause}") from error
+                raise ConfigError(f"the database can't be used: {cause}") from error
             log.warning("waiting for the database: %s", cause)
-            time.sleep(1)
+            sleep(1)
 
 
 def _create_schema(connection: Connection) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SHOW server_encoding")
         if cursor.fetchone() != ("UTF8",):
-            raise Unavailable("the database can't be used: its encoding is not UTF8")
+            raise ConfigError("the database can't be used: its encoding is not UTF8")
         connection.deadline = monotonic() + 600  # a large table of an older version takes a while
         cursor.execute(SCHEMA.read_text())
         cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY id DESC")

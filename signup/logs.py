@@ -14,9 +14,6 @@ from gunicorn import glogging
 from pythonjsonlogger.json import JsonFormatter
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
-# In the WSGI environment, which is at hand where flask.g is not.
-REQUEST_ID, PATH = "signup.request_id", "signup.path"
 
 log = logging.getLogger("signup")
 
@@ -28,12 +25,11 @@ class GunicornLogger(glogging.Logger):
         super().setup(cfg)
         if cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json:
             return  # the user's own
-        # Time (RFC 3339, UTC), level, pid and message, and what else a record has.
         names = {"levelname": "level", "process": "pid", "exc_info": "traceback"}
-        fields = ["levelname", "process", "message"]
-        for handler in (*self.error_log.handlers, *self.access_log.handlers):
+        fields = ["levelname", "process", "message"]  # beside the time (RFC 3339, UTC)
+        for handler in self.error_log.handlers:
             handler.setFormatter(JsonFormatter(fields, timestamp="time", rename_fields=names))
-        self.error_log.filters, self.access_log.filters = [_impersonal], [_access_fields]
+        self.error_log.filters = [_impersonal]
         # gunicorn's lines of level debug quote requests, and its settings with a password.
         self.error_log.setLevel(max(self.loglevel, logging.INFO))
         logging.root.handlers = self.error_log.handlers
@@ -49,36 +45,18 @@ def _impersonal(record: logging.LogRecord) -> bool:
     return True
 
 
-def _access_fields(record: logging.LogRecord) -> bool:
-    # Of the atoms that gunicorn's access_log_format may use, those that are not personal.
-    if isinstance(atoms := record.args, dict):
-        record.request_id = atoms[f"{{{REQUEST_ID}}}e"]
-        record.method = atoms["m"] if atoms["m"] in METHODS else "other"
-        record.path = atoms[f"{{{PATH}}}e"]
-        record.status = int(atoms["s"])
-        record.duration = atoms["D"] / 1_000_000  # seconds
-    return True
-
-
 def init_app(app: Flask) -> None:
-    """Give each request an id, and each answer that id; log the answers of 500 and above."""
-    paths: set[str] = set()
-
-    @app.before_request
-    def start() -> None:
-        environ = request.environ
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        environ[REQUEST_ID] = given if SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
-        if not paths:  # all routes are there only now
-            paths.update(rule.rule for rule in app.url_map.iter_rules())
-        environ[PATH] = environ["PATH_INFO"] if environ["PATH_INFO"] in paths else "other"
+    """Give each answer its request's id, or a new one; log the answers of 500 and above."""
 
     @app.after_request
     def finish(response: Response) -> Response:
-        environ = request.environ
-        response.headers.add("X-Request-ID", environ[REQUEST_ID])
-        if response.status_code >= 500:
-            what = {"path": environ[PATH], "status": response.status_code}
-            what["request_id"] = environ[REQUEST_ID]
+        environ, status = request.environ, response.status_code
+        name = environ.get("HTTP_X_REQUEST_ID", "")
+        name = name if SANE_ID.fullmatch(name) else f"{getrandbits(128):032x}"
+        path = "other" if status == 404 else request.path
+        response.headers.add("X-Request-ID", name)
+        environ |= {"signup.request_id": name, "signup.path": path}  # for the access log
+        if status >= 500:
+            what = {"request_id": name, "path": path, "status": status}
             log.error("request failed", exc_info=g.get("unexpected"), extra=what)
         return response

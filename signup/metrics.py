@@ -4,7 +4,9 @@ Every child (a metric with its label values) is bound once, here: so each value 
 the first scrape, and no request pays for a look-up.
 """
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,12 +15,13 @@ from time import perf_counter
 import psutil
 from flask import Flask, Response, g, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from werkzeug.datastructures import MIMEAccept
 
 from . import slots
-from .process import ProcessCollector
 
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
 CLIENT_ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method")
@@ -28,25 +31,22 @@ STATES = ("in_use", "idle", "open")
 # Seconds: the Go client's default, which the guide uses. Python's default is another one.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-STARTED = "signup.started"  # in the WSGI environment, which is at hand where flask.g is not
-
 
 class Metrics:
     """The metrics of one worker, and the registry from which all workers' can be scraped."""
 
     def __init__(self, slot: slots.Slot | None, max_connections: int) -> None:
-        self.registry = CollectorRegistry()
+        self.slot, self.registry = slot, CollectorRegistry()
         if slot:  # the registry merges the files of all workers, this one's included
             slots.write_as(slot.number, slot.folder)
-            MultiProcessCollector(self.registry, str(slot.folder))
-            self.registry.register(ProcessCollector(slot.folder))
+            MultiProcessCollector(self.registry, slot.folder)
+            self.registry.register(ProcessCollector())
         own = None if slot else self.registry
         counter = partial(Counter, registry=own)
         histogram = partial(Histogram, buckets=BUCKETS, registry=own)
         gauge = partial(Gauge, multiprocess_mode="livesum", registry=own)
 
-        text = "Duration of signup requests in seconds"
-        durations = histogram("signup_request_duration_seconds", text, ["status_code"])
+        durations = histogram("signup_request_duration_seconds", "Request time", ["status_code"])
         self.durations = {code: durations.labels(code) for code in STATUS_CODES}
         requests = counter("signup_requests_total", "Answered signup requests", ["status_code"])
         self.requests = {code: requests.labels(code) for code in STATUS_CODES}
@@ -54,23 +54,52 @@ class Metrics:
         self.errors = {name: errors.labels(name) for name in ERROR_TYPES}
         refused = counter("signup_validation_errors_total", "Fields that were refused", ["field"])
         self.validation_errors = {field: refused.labels(field) for field in FIELDS}
-        text = "Signup requests with an email that is registered already"
-        self.duplicate_emails = counter("signup_duplicate_email_attempts_total", text)
+        name = "signup_duplicate_email_attempts_total"
+        self.duplicate_emails = counter(name, "Signup requests with an email that is registered")
         self.in_flight = gauge("signup_requests_in_flight", "Signup requests being worked on")
-        text = "Duration of database queries in seconds"
-        queries = histogram("database_query_duration_seconds", text, ["operation"])
+        gauge("signup_workers", "Live workers").set(1)
+        queries = histogram("database_query_duration_seconds", "Query time", ["operation"])
         self.insert_duration = queries.labels("insert_user")
         connections = gauge("database_connections", "Connections of the pools", ["state"])
         self.connections = {state: connections.labels(state) for state in STATES}
-        maximum = gauge("database_connections_max", "Connections that live workers may open")
-        maximum.set(max_connections)
-        text = "Wait of requests for a database connection in seconds"
-        self.pool_wait = histogram("database_pool_wait_seconds", text)
-        text = "Requests that got no database connection in time"
-        self.pool_timeouts = counter("database_pool_timeouts_total", text)
+        gauge("database_connections_max", "What live workers may open").set(max_connections)
+        self.pool_wait = histogram("database_pool_wait_seconds", "Wait for a connection")
+        self.pool_timeouts = counter("database_pool_timeouts_total", "Waits without success")
 
 
-def of_master(folder: Path) -> Counter:
+class ProcessCollector(Collector):
+    """What the library's multiprocess mode lacks: the processes of the whole service."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Raises RuntimeError when workers end faster than they can be counted."""
+        master = psutil.Process(os.getppid())
+        for _ in range(100):
+            # A worker's CPU time goes over to its master when it is reaped: counted in neither or
+            # in both, it would make the total jump. So all is read again if one was meanwhile.
+            own = master.cpu_times()[:4]  # user, system, and those of reaped children
+            pids = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
+            with suppress(psutil.NoSuchProcess):
+                children = [psutil.Process(int(pid)) for pid in pids]
+                cpu = sum(own) + sum(sum(child.cpu_times()[:2]) for child in children)
+                reaping = any(child.status() == psutil.STATUS_DEAD for child in children)
+                if not reaping and master.cpu_times()[2:4] == own[2:]:
+                    break
+            time.sleep(0.0005)
+        else:
+            raise RuntimeError("workers end faster than they can be counted")
+        memory = descriptors = 0
+        for process in (master, *children):
+            with suppress(psutil.Error):  # it has ended since, or is another user's (--user)
+                memory += process.memory_info().rss
+                descriptors += process.num_fds()
+        text = "CPU time of the master and all workers, ended ones included"
+        yield CounterMetricFamily("process_cpu_seconds", text, cpu)
+        text = "Resident memory of master and workers; a shared page counts in each"
+        yield GaugeMetricFamily("process_resident_memory_bytes", text, memory)
+        yield GaugeMetricFamily("process_open_fds", "Open files of master and workers", descriptors)
+
+
+def of_master(folder: str) -> Counter:
     """In the gunicorn master: when it started, and the counter of the workers that it starts."""
     slots.write_as(slots.MASTER, folder)
     text = "Start of the master in seconds since the Unix epoch"
@@ -85,17 +114,15 @@ def init_app(app: Flask, metrics: Metrics) -> None:
 
     @app.before_request
     def start() -> None:
-        environ = request.environ
-        if environ["PATH_INFO"] == "/signup":
-            environ[STARTED] = perf_counter()
+        if request.environ["PATH_INFO"] == "/signup":
+            g.started = perf_counter()
             metrics.in_flight.inc()
 
     @app.after_request
     def finish(response: Response) -> Response:
-        started = request.environ.get(STARTED)
-        if started is not None:
+        if request.environ["PATH_INFO"] == "/signup":
             status = response.status_code
-            metrics.durations[status].observe(perf_counter() - started)
+            metrics.durations[status].observe(perf_counter() - g.started)
             metrics.requests[status].inc()
             if status >= 400:
                 metrics.errors[g.error_type].inc()
@@ -108,6 +135,8 @@ def init_app(app: Flask, metrics: Metrics) -> None:
 
     @app.get("/metrics")
     def expose() -> Response:
+        if metrics.slot:
+            metrics.slot.check()
         encode, content_type = _encoder(request.accept_mimetypes)
         return Response(encode(metrics.registry), content_type=content_type)
 

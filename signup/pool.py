@@ -7,9 +7,10 @@ its lock, closes what comes back beyond minconn, and lends connections that the 
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic, perf_counter
 
+import psycopg2
 from psycopg2.pool import ThreadedConnectionPool
 
 from .config import Config
@@ -45,12 +46,10 @@ class Pool(ThreadedConnectionPool):
 
         Raises PoolTimeout, or psycopg2.Error when a connection can't be opened.
         """
-        started = perf_counter()
+        started, deadline = perf_counter(), monotonic() + timeout
         try:
-            connection = self._acquire(monotonic() + timeout)
-        except PoolTimeout:
-            self._metrics.pool_timeouts.inc()
-            raise
+            self._wait_for_turn(deadline)
+            connection = self._take(deadline)
         finally:
             self._metrics.pool_wait.observe(perf_counter() - started)
         try:
@@ -58,30 +57,6 @@ class Pool(ThreadedConnectionPool):
         finally:
             self.putconn(connection)  # drops one that is closed
             self._end_turn()
-
-    def _sample(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self._config.metrics_sample_interval):
-            with self._lock:
-                in_use, idle = len(self._used), len(self._pool)
-            for state, count in (("in_use", in_use), ("idle", idle), ("open", in_use + idle)):
-                self._metrics.connections[state].set(count)
-
-    def _acquire(self, deadline: float) -> Connection:
-        self._wait_for_turn(deadline)
-        try:
-            with self._lock:
-                while self._pool:
-                    connection = self._pool.pop()
-                    if not connection.has_input():
-                        return self._use(connection)
-                    connection.close()  # as the server did
-            connection = connect(self._config, deadline)
-            with self._lock:
-                return self._use(connection)
-        except BaseException:
-            self._end_turn()
-            raise
 
     def _wait_for_turn(self, deadline: float) -> None:
         with self._lock:
@@ -94,6 +69,7 @@ class Pool(ThreadedConnectionPool):
             with self._lock:
                 if not turn.is_set():  # nor since
                     self._waiting.remove(turn)
+                    self._metrics.pool_timeouts.inc()
                     raise PoolTimeout("no connection came free in time")
 
     def _end_turn(self) -> None:
@@ -103,7 +79,30 @@ class Pool(ThreadedConnectionPool):
             else:
                 self._free += 1
 
-    def _use(self, connection: Connection) -> Connection:
-        key = self._rused[id(connection)] = id(connection)
-        self._used[key] = connection
+    def _take(self, deadline: float) -> Connection:
+        try:
+            connection = self._idle() or connect(self._config, deadline)
+        except BaseException:
+            self._end_turn()
+            raise
+        with self._lock:
+            key = self._rused[id(connection)] = id(connection)
+            self._used[key] = connection
         return connection
+
+    def _idle(self) -> Connection | None:
+        while self._pool:
+            with suppress(IndexError, psycopg2.Error):  # somebody took it, or the server ended it
+                connection = self._pool.pop()
+                connection.poll()  # finds the server's last words,
+                connection.poll()  # and this one the end
+                return connection
+        return None
+
+    def _sample(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(self._config.metrics_sample_interval):
+            with self._lock:
+                in_use, idle = len(self._used), len(self._pool)
+            for state, count in (("in_use", in_use), ("idle", idle), ("open", in_use + idle)):
+                self._metrics.connections[state].set(count)

@@ -2,15 +2,15 @@
 
 The library keeps a set of files for each process id and never drops the dead ones, so with worker
 recycling the folder and the scrape grow without bound (client_python issues 275, 367, 568). Here
-each worker writes under the lowest slot number that no live worker holds: the next holder of a
-slot goes on from where its counters stood. The gunicorn master alone gives out slots, and it reaps
-a worker before it gives its slot away, so two live processes never share a file.
+each worker writes under the lowest slot number that no live worker holds, and goes on from where
+the slot's counters stood. The gunicorn master alone gives out slots, and reaps a worker before it
+gives its slot away: two live processes never share a file.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,44 +28,39 @@ class Slot(NamedTuple):
 
     number: int
     connections: int  # its share of DATABASE_MAX_CONNECTIONS
-    folder: Path  # of the metrics
+    folder: str  # of the metrics
 
     @classmethod
-    def choose(cls, live: Sequence["Slot"], budget: int, workers: int, folder: Path) -> "Slot":
-        """The slot of a new worker beside those `live`, the newest first.
+    def choose(cls, taken: Set[int], budget: int, workers: int, folder: str) -> "Slot":
+        """The lowest slot that is not `taken`; `workers` of them never exceed the `budget`."""
+        number = min(set(range(len(taken) + 1)) - taken)
+        return cls(number, max(1, budget // workers + (number < budget % workers)), folder)
 
-        It and the newest `workers` - 1 have the `budget` of connections; the others are about to
-        be replaced, or more than were asked for.
-        """
-        taken = {slot.number for slot in live}
-        peers = [slot.connections for slot in live[: workers - 1]]
-        left, missing = budget - sum(peers), workers - len(peers)
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
-        return cls(number, max(1, -(-left // missing)), folder)
-
-    def prepare(self, owner: tuple[int, int]) -> bool:
-        """Make its files and the master's, for `owner`'s user and group; whether all were missing.
+    def prepare(self, user: int, group: int) -> bool:
+        """Make its files and the master's, owned by the workers' user; whether all were missing.
 
         With their pages, since writing to a mapped file is a SIGBUS when there is no room for one;
         and under another name until they are whole, since a scrape may come any time.
         Raises OSError.
         """
-        missing = not (self.folder / MASTER_FILES[0]).exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        os.chown(self.folder, *owner)
+        folder = Path(self.folder)
+        missing = not (folder / MASTER_FILES[0]).exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chown(folder, user, group)
         for name in (*MASTER_FILES, *(file.format(self.number) for file in FILES)):
-            if not (self.folder / name).exists():
-                with (self.folder / "new").open("wb") as new:
+            if not (folder / name).exists():
+                with (folder / "new").open("wb") as new:
                     os.posix_fallocate(new.fileno(), 0, FILE_SIZE)
-                    os.chown(new.fileno(), *owner)
-                (self.folder / "new").rename(self.folder / name)
+                    os.chown(new.fileno(), user, group)
+                (folder / "new").rename(folder / name)
         return missing
 
+    def check(self) -> None:
+        """Raise FileNotFoundError if its files were removed: a scrape would miss what it counts."""
+        Path(self.folder, FILES[0].format(self.number)).stat()
 
-current: Slot | None = None  # this process's, if it is a gunicorn worker
 
-
-def make_folder(parent: str | None) -> Path:
+def make_folder(parent: str | None) -> str:
     """A new folder for the metrics of this master, without those of masters that were killed.
 
     In the folder for temporary files where no `parent` is given. Raises OSError.
@@ -76,10 +71,10 @@ def make_folder(parent: str | None) -> Path:
     for folder in place.glob(f"{prefix}*"):
         if not psutil.pid_exists(int(folder.name.split("-")[3])):
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place)).resolve()
+    return tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place.resolve())
 
 
-def write_as(name: int | str, folder: Path) -> None:
+def write_as(name: int | str, folder: str) -> None:
     """From now on, new metrics of this process go into the files of `name` in `folder`."""
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
     values.ValueClass = values.MultiProcessValue(process_identifier=lambda: name)

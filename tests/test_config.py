@@ -96,9 +96,10 @@ def test_defaults_and_given_values() -> None:
     assert given.log_level.lower() == "warning"
 
 
-def test_an_app_without_a_database_says_so() -> None:
+def test_an_app_without_a_database_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
     with pytest.raises(ConfigError, match="DATABASE_URL is not set"):
-        create_app(Config.from_env({}))
+        create_app()
 
 
 def start(*options: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:

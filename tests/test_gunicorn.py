@@ -30,9 +30,7 @@ from .test_config import start
 
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 CONFIG = ROOT / "gunicorn.conf.py"
-ACCESS_FIELDS = {"time", "level", "pid", "message", "request_id", "method", "path", "status"} | {
-    "duration"
-}
+ACCESS_FIELDS = {"time", "request_id", "method", "path", "status", "duration"}
 
 
 class Wrapped(Service):
@@ -192,7 +190,7 @@ def check_access_lines(service: Service, file: Path) -> None:
         ("POST", "/signup", {"json": person, "headers": headers}),
         ("POST", "/signup?email=secret.person@example.com", {"json": person}),
         ("GET", "/secret.person@example.com/Zebedee", {"auth": ("secret.person", "Quux")}),
-        ("ZEBEDEE", "/signup", {}),
+        ("PUT", "/signup", {}),
         ("GET", "/metrics", {"cookies": {"name": "Quux"}}),
     ):
         requests.request(method, service.url + path, timeout=30, **options)
@@ -204,14 +202,14 @@ def check_access_lines(service: Service, file: Path) -> None:
         ("GET", "other", 404),
         ("POST", "/signup", 201),
         ("POST", "/signup", 409),
-        ("other", "/signup", 405),
+        ("PUT", "/signup", 405),
     ]
     assert "mine-1" in {line["request_id"] for line in lines}
     for line in lines:
         assert line.keys() == ACCESS_FIELDS
         assert isinstance(line["duration"], float)
         assert line["request_id"]
-    words = ("secret.person", "example.com", "Zebedee", "ZEBEDEE", "Quux", "127.0.0.1", "Agent")
+    words = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent")
     text = file.read_text()
     assert not [word for word in (*words, "referer", "Basic") if word in text]
 
@@ -395,7 +393,7 @@ def test_ttin_and_ttou_change_the_number_of_workers(
             service.process.send_signal(signal.SIGTTIN)
             wait_until(lambda: is_reached(3, budget + 1, budget + share))
             service.process.send_signal(signal.SIGTTOU)
-            wait_until(lambda: is_reached(2, budget, budget))
+            wait_until(lambda: is_reached(2, budget - 1, budget))
         assert not load.unanswered
         assert service.metrics().get_value("signup_worker_starts_total") == 3
         service.check_equalities(count_users(url))
@@ -412,7 +410,7 @@ def test_hup_loses_no_request(url: str) -> None:
                 service,
                 signup_workers=2,
                 signup_worker_starts_total=4,
-                database_connections_max=25,
+                database_connections_max=24,
             )
         assert not load.unanswered
         assert service.boots() == 4

@@ -103,8 +103,6 @@ def test_emails_of_all_sorts(email: str) -> None:
         body(first_name=None),
         body(last_name=["Lovelace"]),
         body(first_name=True),
-        body(age=float("nan")),
-        b'{"email": "a@example.com", "email": "b@example.com"}',
         b'{"n": ' + b"9" * 10_000 + b"}",
         b"[" * 8_000,
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
