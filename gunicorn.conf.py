@@ -40,8 +40,8 @@ logger_class = logs.GunicornLogger
 loglevel = settings.log_level
 # JSON, and nothing personal; it is off unless accesslog is set.
 access_log_format = (
-    '{"time": "%(t)s", "method": "%(m)s", "path": "%({signup.path}e)s", "status": %(s)s, '
-    '"duration": %(L)s, "request_id": "%({signup.request_id}e)s"}'
+    '{"time": "%(t)s", "method": "%({signup.method}e)s", "path": "%({signup.path}e)s", '
+    '"status": %(s)s, "duration": %(L)s, "request_id": "%({signup.request_id}e)s"}'
 )
 proc_name = "signup"
 
@@ -94,6 +94,7 @@ def post_fork(server: Any, worker: Any) -> None:
     # Until gunicorn sets the worker's handlers, the master's would swallow what ends a worker.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    os.setpgid(0, 0)  # Ctrl-C reaches the master alone, which ends its workers
     os.environ["SIGNUP_SLOT"] = json.dumps(worker.slot)  # for create_app
 
 
@@ -103,10 +104,9 @@ def post_worker_init(worker: Any) -> None:
     vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
 
 
-def worker_int(worker: Any) -> None:
-    """In a worker that ends at once. Ctrl-C reaches it as well as its master, who ends it again."""
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+def worker_exit(server: Any, worker: Any) -> None:
+    """In a worker that has ended: gunicorn's handler would print a traceback from here on."""
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
 def child_exit(server: Any, worker: Any) -> None:

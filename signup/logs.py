@@ -6,6 +6,7 @@ a client may write anything there.
 
 import logging
 import re
+from http import HTTPMethod
 from random import getrandbits
 from typing import Any
 
@@ -55,7 +56,9 @@ def init_app(app: Flask) -> None:
         name = name if SANE_ID.fullmatch(name) else f"{getrandbits(128):032x}"
         path = "other" if status == 404 else request.path
         response.headers.add("X-Request-ID", name)
-        environ |= {"signup.request_id": name, "signup.path": path}  # for the access log
+        # For the access log: a method that nobody knows may say anything.
+        method = request.method if request.method in HTTPMethod.__members__ else "other"
+        environ |= {"signup.request_id": name, "signup.path": path, "signup.method": method}
         if status >= 500:
             what = {"request_id": name, "path": path, "status": status}
             log.error("request failed", exc_info=g.get("unexpected"), extra=what)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from statistics import median
 from typing import Self
@@ -11,7 +12,7 @@ import requests
 from .service import Client, Samples
 
 
-class Background:
+class Background(ABC):
     """Threads that repeat `step` until the block ends; an error in one of them fails the block."""
 
     def __init__(self, threads: int) -> None:
@@ -41,8 +42,9 @@ class Background:
         except BaseException as error:
             self._errors.append(error)
 
+    @abstractmethod
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        raise NotImplementedError
+        """One turn of client `number`."""
 
 
 class Signups(Background):

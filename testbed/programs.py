@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,7 +52,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-class Program:
+class Program(ABC):
     """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
 
     def __enter__(self) -> Self:
@@ -68,17 +69,17 @@ class Program:
         self.stop()
         shutil.rmtree(self.folder)
 
+    @abstractmethod
     def command(self) -> list[str]:
         """The program's name and its options."""
-        raise NotImplementedError
 
     def account(self) -> dict[str, Any]:
         """How subprocess runs it as another user."""
         return {}
 
+    @abstractmethod
     def address(self) -> str | None:
         """The URL, once the program can be asked."""
-        raise NotImplementedError
 
     def start(self) -> None:
         name, *options = self.command()

@@ -99,6 +99,25 @@ def test_the_first_request_after_lost_connections_is_stored(
         assert fragile.signup(json=user(f"{how}-again{n}")).status_code == 201
 
 
+def test_an_insert_outlives_a_migration(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
+        assert service.signup(json=user("before")).status_code == 201
+        execute(postgres.admin_url(url), "ALTER TABLE users ALTER first_name TYPE varchar(100)")
+        for n in range(3):
+            assert service.signup(json=user(f"after{n}")).status_code == 201
+            assert service.signup(json=user(f"AFTER{n}")).status_code == 409
+
+
+def test_a_connection_whose_first_insert_failed_goes_on(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
+        execute(postgres.admin_url(url), "ALTER TABLE users ADD CHECK (last_name <> 'Refused')")
+        assert service.signup(json=USER | {"last_name": "Refused"}).status_code == 500
+        for n in range(3):
+            assert service.signup(json=user(f"after{n}")).status_code == 201
+
+
 def test_metrics_and_health_are_answered_while_signups_wait(postgres: Postgres) -> None:
     url, waiting = postgres.new_database(), 40
     with (

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import time
@@ -103,8 +102,7 @@ def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> No
 
     with Signups(own.nginx, clients) as load:
         assert more() == 0
-        os.killpg(second.process.pid, signal.SIGKILL)
-        second.process.wait()
+        second.kill()
         killed = more()
         assert killed <= clients  # each of which had one request in flight
         with second:
@@ -132,7 +130,7 @@ def test_a_post_that_may_have_been_executed_is_not_repeated(own: Stack) -> None:
         answer = executor.submit(own.nginx.signup, json=USER)
         wait_until(lambda: any(map(in_flight, own.services)))
         busy, other = sorted(own.services, key=in_flight, reverse=True)
-        os.killpg(busy.process.pid, signal.SIGKILL)
+        busy.kill()
         response = answer.result()
         assert response.status_code == 502
         assert "may have been executed" in response.json()["error"]
