@@ -1,10 +1,9 @@
 """Worker slots: prometheus_client's multiprocess mode in files that workers take over.
 
-The library keeps a set of files for each process id and never drops the dead ones, so with worker
-recycling the folder and the scrape grow without bound (client_python issues 275, 367, 568). Here
-each worker writes under the lowest slot number that no live worker holds, and goes on from where
-the slot's counters stood. The gunicorn master alone gives out slots, and reaps a worker before it
-gives its slot away: two live processes never share a file.
+The library keeps a set of files for each process id and never drops the dead ones: with each new
+worker the folder and the scrape grow (client_python issues 275, 367, 568). Here a worker writes
+under the lowest number that no live worker holds, and goes on from where those counters stood.
+The gunicorn master gives out the slots of reaped workers only: no two processes share a file.
 """
 
 import os
@@ -39,9 +38,7 @@ class Slot(NamedTuple):
     def prepare(self, user: int, group: int) -> bool:
         """Make its files and the master's, owned by the workers' user; whether all were missing.
 
-        With their pages, since writing to a mapped file is a SIGBUS when there is no room for one;
-        and under another name until they are whole, since a scrape may come any time.
-        Raises OSError.
+        With all their pages, or writing to them could be a SIGBUS. Raises OSError.
         """
         folder = Path(self.folder)
         missing = not (folder / MASTER_FILES[0]).exists()
@@ -52,19 +49,12 @@ class Slot(NamedTuple):
                 with (folder / "new").open("wb") as new:
                     os.posix_fallocate(new.fileno(), 0, FILE_SIZE)
                     os.chown(new.fileno(), user, group)
-                (folder / "new").rename(folder / name)
+                (folder / "new").rename(folder / name)  # whole, when a scrape finds it
         return missing
-
-    def check(self) -> None:
-        """Raise FileNotFoundError if its files were removed: a scrape would miss what it counts."""
-        Path(self.folder, FILES[0].format(self.number)).stat()
 
 
 def make_folder(parent: str | None) -> str:
-    """A new folder for the metrics of this master, without those of masters that were killed.
-
-    In the folder for temporary files where no `parent` is given. Raises OSError.
-    """
+    """A new folder for this master; those of killed ones go. Raises OSError."""
     place = Path(parent or tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     prefix = f"signup-slots-{Path('/proc/self/ns/pid').stat().st_ino}-"  # containers may share it

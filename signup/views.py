@@ -1,8 +1,6 @@
 """The HTTP contract: endpoints, and what each failure looks like to a client."""
 
 import json
-import socket
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     PoolTimeout: (503, "database", "service is busy, retry later"),
     Exception: (500, "internal", "internal server error"),
 }
-MAX_REST = 65536  # bytes of a refused body, before the connection is closed
 OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
 
 
@@ -42,12 +39,6 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         # werkzeug puts a slash in front of a path, or takes several for one.
         if request.environ["PATH_INFO"] != request.path:
             raise NotFound
-
-    @app.after_request
-    def leave_no_body(response: Response) -> Response:
-        if response.status_code != 201 and "gunicorn.socket" in request.environ:
-            response.call_on_close(partial(_finish_body, request.environ))
-        return response
 
     # Flask would answer OPTIONS by itself; the contract says 405.
     @app.post("/signup", provide_automatic_options=False)
@@ -111,13 +102,6 @@ def _body(limit: int) -> bytes:
     if len(body) < length:
         raise InvalidBody
     return body
-
-
-def _finish_body(environ: dict[str, Any]) -> None:
-    # gunicorn would go on to read a body that is not wanted, however long it is.
-    with suppress(OSError, ParseException):
-        if len(environ["wsgi.input"].read(MAX_REST)) == MAX_REST:
-            environ["gunicorn.socket"].shutdown(socket.SHUT_RDWR)
 
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:

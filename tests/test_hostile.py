@@ -497,24 +497,15 @@ def test_a_strange_signup(service: Service, key: str) -> None:
         http(b"GET /nothing HTTP/1.1", b"Transfer-Encoding: chunked", body=b"fffffffff\r\n"),
     ],
 )
-def test_a_body_without_end_is_cut_off(service: Service, start: bytes) -> None:
+def test_a_body_without_end_holds_up_nobody(service: Service, start: bytes) -> None:
     address = urlsplit(service.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as client:
-
-        def send() -> None:
-            with suppress(OSError):  # it is cut off
-                for _ in range(2000):
-                    client.sendall(b" " * 65536)
-
         client.sendall(start)
-        with ThreadPoolExecutor(1) as executor:
-            executor.submit(send)
-            answer = b""
-            with suppress(ConnectionResetError):
-                while part := client.recv(65536):  # and not a time-out
-                    answer += part
-            with suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)  # ends a send that still waits
-    assert answer.count(b"HTTP/1.1 ") <= 1
+        for _ in range(10):
+            client.sendall(b" " * 65536)
+        assert client.recv(65536).startswith(b"HTTP/1.1 ")
+        for _ in range(4):  # gunicorn goes on to read what comes, and answers others
+            client.sendall(b" " * 65536)
+            assert service.get("/healthz").status_code == 200
     if b"/signup" in start:
         service.answers[405 if start.startswith(b"PUT") else 413] += 1

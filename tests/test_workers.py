@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
@@ -173,18 +174,20 @@ def test_each_master_has_a_folder_of_its_own_in_the_named_one(url: str, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["counter_7.db"]
 
 
-def test_the_folder_goes_with_its_master_or_with_the_next_one(url: str) -> None:
-    with Service(DATABASE_URL=url) as service:
+def test_the_folder_goes_with_its_master_or_with_the_next_one(url: str, tmp_path: Path) -> None:
+    # In a place of its own: every service that starts drops such folders.
+    named: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    with Service(**named) as service:
         folder = service.metrics_folder()
         service.stop()
         assert not folder.exists()
-    with Service(DATABASE_URL=url) as killed:
+    with Service(**named) as killed:
         left_over = killed.metrics_folder()
         workers = killed.worker_pids()
         killed.stop(signal.SIGKILL)
         wait_until(lambda: not any(map(is_alive, workers)))  # they notice and end
         assert left_over.exists()
-    with Service(DATABASE_URL=url):
+    with Service(**named):
         assert not left_over.exists()
 
 
@@ -269,17 +272,17 @@ def test_a_process_without_descriptors_recovers(url: str) -> None:
         (worker,) = service.worker_pids()
         soft, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE)
         assert soft == hard  # raised at the start
-        assert service.get("/healthz").status_code == 200
-        # Room for a client's connection, and for none to the database.
-        used = {int(link.name) for link in Path(f"/proc/{worker}/fd").iterdir()}
-        _, second = itertools.islice(
-            (number for number in itertools.count() if number not in used), 2
-        )
-        resource.prlimit(worker, resource.RLIMIT_NOFILE, (second, hard))
-        for number in range(40):  # more than the pool has connections
-            user = USER | {"email": f"{number}@example.com"}
-            assert service.signup(json=user).status_code == 500
-        resource.prlimit(worker, resource.RLIMIT_NOFILE, (soft, hard))
+        with requests.Session() as session:
+            assert session.get(service.url + "/healthz").status_code == 200
+            process = psutil.Process(worker)
+            wait_until(lambda: len(process.net_connections()) == 2)  # this one, and the listener
+            used = {int(link.name) for link in Path(f"/proc/{worker}/fd").iterdir()}
+            free = next(number for number in itertools.count() if number not in used)
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, (free, hard))
+            for number in range(40):  # more than the pool has connections
+                user = USER | {"email": f"{number}@example.com"}
+                assert service.signup(json=user, session=session).status_code == 500
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, (soft, hard))
         with ThreadPoolExecutor(30) as executor, locked_table(url):
             users = [USER | {"email": f"{number}@example.com"} for number in range(30)]
             answers = [executor.submit(service.signup, json=user) for user in users]
