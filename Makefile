@@ -3,20 +3,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-peers
+# Three processes: waiting is most of what tests do. See tests/conftest.py for what stays in one.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+QUICK := rooms validation config metrics http openapi rules dashboards compose kubernetes
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test lint check-rules soak fault-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
+.PHONY: help run test test-quick lint check-rules soak fault-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
+	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
+
+##@ Service
 
 run: $(READY) ## The service on http://localhost:3000
 	@exec $(BIN)/python -m testbed.postgres $(BIN)/python $(BIN)/gunicorn app:app
 
+##@ Tests
+
 test: $(READY) ## Every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-quick: $(READY) ## Units, the contract, and the service run once: for the loop while coding
+	$(PYTEST) -m "not needs" $(QUICK:%=tests/test_%.py) \
+		tests/test_end_to_end.py::test_the_guides_traffic_and_concurrent_clients
 
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check
@@ -32,6 +44,8 @@ check-rules: ## The configuration and the rules of Prometheus and Alertmanager, 
 	promtool test rules prometheus/tests/*.yml
 	amtool check-config prometheus/alertmanager.yml
 
+##@ Drills
+
 soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
 	$(BIN)/python -m drills.soak 200
 
@@ -40,6 +54,8 @@ fault-drill: $(READY) ## Every fault of the database under load, and PostgreSQL 
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
 	$(BIN)/python -m drills.alerts
+
+##@ Load and measurements
 
 load-test-smoke: LOAD = smoke
 load-test-smoke: load-tests ## Locust, 5 users for 30 seconds; HOST= for another target
@@ -74,6 +90,8 @@ $(PEERS)/bin/guide: benchmarks/peers/guide.go $(PEERS)/.ready
 capacity: $(READY) ## What one core and one machine can do, and with a million rows
 	$(BIN)/python -m benchmarks.capacity
 
+##@ Made files
+
 previews: $(READY) ## New previews of the dashboards, from real data of three minutes
 	$(BIN)/python -m drills.previews
 
@@ -83,6 +101,8 @@ kubernetes-rules: ## The rules of Prometheus, as an object of Kubernetes
 		'metadata:' '  name: signup-server' 'spec:' '  groups:'; \
 		sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' prometheus/rules/*.yml; \
 	} > deploy/kubernetes/prometheus-rule.yaml
+
+##@ Containers
 
 image-check: $(READY) ## The image, built by buildah and run, where there is no Docker
 	$(BIN)/python -m drills.image
@@ -98,6 +118,8 @@ compose-build: ## The service's image
 
 compose-logs: ## What the containers say
 	docker compose logs --follow
+
+##@ Clean-up
 
 clean: ## Removes the environment and the caches, and keeps the data
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -23,7 +22,8 @@ from testbed.database import Postgres, locked_table
 from testbed.faults import locked, stopped
 from testbed.load import Background
 from testbed.monitoring import Alertmanager, Prometheus
-from testbed.service import Service
+from testbed.programs import free_port
+from testbed.service import USER, Service
 
 # Windows, offsets and waits of the rules, and how long they are here.
 WAITS = {
@@ -85,9 +85,8 @@ class Traffic(Background):
         if self.special and (number + turn) % self.every == 0:
             email = self.special
         with contextlib.suppress(requests.RequestException):
-            body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
             # Over a connection of its own, so that all workers get their share.
-            self._replicas[0].signup(json=body)
+            self._replicas[0].signup(json=USER | {"email": email})
 
     @contextlib.contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
@@ -130,8 +129,7 @@ class Restarter(Background):
     def __init__(self, deployment: "Deployment") -> None:
         super().__init__(1)
         self._deployment = deployment
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self._port = server.getsockname()[1]
+        self._port = free_port()
 
     def __enter__(self) -> Self:
         self._deployment.scrape(f"http://127.0.0.1:{self._port}")

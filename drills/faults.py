@@ -16,11 +16,10 @@ from testbed import wait_until
 from testbed.database import Postgres, stored_emails
 from testbed.faults import FAULTS
 from testbed.load import Signups
-from testbed.service import Service
+from testbed.service import Service, user
 
 # Short, so that a drill is; the bound for an answer is their sum and a second.
 TIMEOUTS: dict[str, Any] = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "1"}
-USER = {"first_name": "Ada", "last_name": "Lovelace"}
 
 
 @dataclass
@@ -83,8 +82,7 @@ def _failed(answers: Counter[int]) -> int:
 
 
 def _signup_again(service: Service) -> bool:
-    email = f"again-{time.time_ns()}@example.com"
-    return service.signup(json=USER | {"email": email}).status_code == 201
+    return service.signup(json=user(f"again-{time.time_ns()}")).status_code == 201
 
 
 def _database_errors(service: Service) -> float:

@@ -21,9 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users
 from testbed.programs import free_port, missing
-from testbed.service import Client
+from testbed.service import USER, Client
 
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 # What pip and curl need of this machine to reach a package index.
 LENT = [Path("/etc/pip.conf"), Path("/etc/ssl/certs"), Path("/etc/resolv.conf")]
 # A namespace of its own for the mounts: the tree read-only, memory where compose has a tmpfs, and

@@ -58,7 +58,7 @@ def soak(service: Service, url: str, replacements: int) -> Report:
             else:
                 os.kill(chance.choice(service.worker_pids()), signal.SIGKILL)
                 kills += 1
-                wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+                service.wait_for(signup_workers=WORKERS)
             answered = service.answers.total()
             wait_until(lambda: service.answers.total() > answered + 50)
     report = Report(
@@ -96,7 +96,7 @@ def _reload(service: Service) -> None:
     started = service.boots()
     service.process.send_signal(signal.SIGHUP)
     wait_until(lambda: service.boots() >= started + WORKERS)
-    wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+    service.wait_for(signup_workers=WORKERS)
 
 
 def _count_files(service: Service) -> int:

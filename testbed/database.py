@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from signup.config import Config
 from signup.connection import connect
@@ -56,6 +57,13 @@ class Postgres:
     def admin_url(self, url: str) -> str:
         """The administrator's URL of the database that `url` names."""
         return re.sub("//[^@]*@", "//postgres@", url)
+
+    def connections(self, url: str) -> set[int]:
+        """The server's processes for connections to the database of `url`, less those of tests."""
+        name = urlsplit(url).path[1:]
+        sql = f"""SELECT pid FROM pg_stat_activity
+            WHERE datname = '{name}' AND application_name <> 'test'"""
+        return {pid for (pid,) in execute(self.url, sql)}
 
     def pids(self) -> list[int]:
         """The server's main process, then its others; nothing where it doesn't run."""
@@ -105,6 +113,16 @@ def locked_table(url: str) -> Iterator[None]:
     with session(url) as cursor:
         cursor.execute("BEGIN; LOCK TABLE users")
         yield
+
+
+@contextlib.contextmanager
+def broken_table(url: str) -> Iterator[None]:
+    """While the block runs, no signup can be stored."""
+    execute(url, "ALTER TABLE users RENAME COLUMN last_name TO family_name")
+    try:
+        yield
+    finally:
+        execute(url, "ALTER TABLE users RENAME COLUMN family_name TO last_name")
 
 
 def count_users(url: str) -> int:

@@ -13,12 +13,9 @@ FILE_LIMIT = 17 * 2**20  # bytes; more than a file of the write-ahead log
 
 
 def end_connections(postgres: Postgres, url: str) -> None:
-    """End every connection to the database of `url`, as an administrator does."""
-    name = urlsplit(url).path[1:]
-    execute(
-        postgres.url,
-        f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'",
-    )
+    """End every connection to the database of `url`, but for those of tests."""
+    for pid in postgres.connections(url):
+        execute(postgres.url, f"SELECT pg_terminate_backend({pid}, 5000)")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Self
 
 import requests
 
-from .service import Client, Samples
+from .service import USER, Client, Samples
 
 
 class Background(ABC):
@@ -44,7 +44,7 @@ class Background(ABC):
 
     @abstractmethod
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        """One turn of client `number`."""
+        """What the thread `number` does in its `turn`, both counted from 0."""
 
 
 class Signups(Background):
@@ -64,7 +64,7 @@ class Signups(Background):
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         email = f"{self._name}-{number}-{turn - (turn % 10 == 9)}@example.com"
-        body = {"email": "bad" if turn % 10 == 5 else email, "first_name": "A", "last_name": "B"}
+        body = USER | {"email": "bad" if turn % 10 == 5 else email}
         started = time.perf_counter()
         try:
             if self._service.signup(session=session, json=body).status_code == 201:

@@ -1,6 +1,8 @@
 """Programs of the system: whether they are there, and how they start and end."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -39,9 +41,14 @@ def missing(*names: str) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 for a program that can't choose one by itself."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port of 127.0.0.1 for a program that can't choose one by itself.
+
+    It is below those that Linux gives to whoever has no wish, so that it stays free for a restart.
+    """
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_alive(pid: int) -> bool:

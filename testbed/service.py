@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, Self
 
 import psutil
@@ -25,9 +26,23 @@ from .postgres import home_for
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 CLOSE = {"Connection": "close"}  # a worker that ends waits for connections that are kept alive
+USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 SETTINGS = re.compile(
     "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
 )
+
+
+def user(name: str) -> dict[str, str]:
+    """The body of a signup, whose email has `name` in it."""
+    return USER | {"email": f"{name}@example.com"}
+
+
+def refused_start(*options: str, folder: Path = ROOT, **env: str) -> CompletedProcess[str]:
+    """Start gunicorn in `folder` without any other variable, where it is expected to refuse."""
+    command = [*GUNICORN, "--bind=127.0.0.1:0", *options, "app:app"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode
+    return done
 
 
 class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
@@ -80,6 +95,15 @@ class Client:
             for family in families
             for sample in family.samples
         )
+
+    def wait_for(self, **values: float) -> Samples:
+        """The first scrape in which these metrics, which have no labels, have these values."""
+
+        def scrape() -> Samples | None:
+            now = self.metrics()
+            return now if all(now.get_value(n) == value for n, value in values.items()) else None
+
+        return wait_until(scrape)
 
     def quiet_metrics(self) -> Samples:
         """A scrape once nothing is being worked on and the pool's gauges say so."""
@@ -158,7 +182,7 @@ class Service(Client):
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.stop()
+            self.stop(signal.SIGINT)  # a stop that is quick; TERM takes a second
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self._output.close()
@@ -206,18 +230,13 @@ class Service(Client):
         """How many workers the master has started so far."""
         return self.log().count("Booting worker")
 
-    def open_files(self, pid: int) -> set[Path]:
-        """The files and sockets that the worker `pid` has open."""
+    def metric_files(self, pid: int) -> set[Path]:
+        """The files of metrics that the worker `pid` has open, less the master's."""
         files = set()
         with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):  # a file that was closed meanwhile
                     files.add(link.readlink())
-        return files
-
-    def metric_files(self, pid: int) -> set[Path]:
-        """The files of metrics that the worker `pid` has open, less the master's."""
-        files = self.open_files(pid)
         return {file for file in files if file.suffix == ".db" and "master" not in file.name}
 
     def metrics_folder(self) -> Path:

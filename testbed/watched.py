@@ -12,7 +12,7 @@ from . import wait_until
 from .database import Postgres, locked_table
 from .faults import read_only
 from .monitoring import Prometheus
-from .service import Samples, Service
+from .service import Samples, Service, user
 
 # What is sent: how often with each outcome, and for what.
 ERRORS = {
@@ -56,11 +56,11 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
     """Start a service and a Prometheus, send everything, and add what was an hour ago."""
     url = postgres.new_database()
     with (
-        Service(DATABASE_URL=url, WEB_CONCURRENCY="4", METRICS_SAMPLE_INTERVAL="0.05") as service,
         Prometheus("250ms", _soon) as prometheus,
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="4", METRICS_SAMPLE_INTERVAL="0.05") as service,
         ThreadPoolExecutor(WAITING) as executor,
     ):
-        wait_until(lambda: service.metrics().get_value("signup_worker_starts_total") == 4)
+        service.wait_for(signup_worker_starts_total=4)
         prometheus.set_targets("signup-server", service.url)
         wait_until(lambda: prometheus.query("count_over_time(up[1m]) > 20"))
         idle = time()
@@ -70,7 +70,7 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
         wait_until(lambda: prometheus.query(f"{recorded} > {sent + 1}"))
         with locked_table(postgres.admin_url(url)):
             for number in range(WAITING):
-                executor.submit(service.signup, json=_user(f"waiting-{number}"))
+                executor.submit(service.signup, json=user(f"waiting-{number}"))
             in_use = 'sum(database_connections{state="in_use"})'
             wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
             now, samples = time(), service.metrics()
@@ -84,25 +84,21 @@ def _soon(rules: str) -> str:
     return re.sub(r"\b(for|interval): \w+", r"\1: 1s", rules)
 
 
-def _user(name: str, **fields: str) -> dict[str, str]:
-    return {"email": f"{name}@example.com", "first_name": "Ada", "last_name": "Lovelace"} | fields
-
-
 def _send(service: Service, postgres: Postgres, url: str) -> None:
     for number in range(CODES["201"]):
-        service.signup(json=_user(f"{number}"))
+        service.signup(json=user(f"{number}"))
     for number in range(ERRORS["duplicate_email"]):
-        service.signup(json=_user(f"{number}"))
+        service.signup(json=user(f"{number}"))
     for field, count in FIELDS.items():
         for _ in range(count):
-            service.signup(json=_user("bad", **{field: ""}))
+            service.signup(json=user("bad") | {field: ""})
     for _ in range(ERRORS["invalid_json"]):
         service.signup(data="{")
     for _ in range(ERRORS["invalid_method"]):
         service.signup("GET")
     with read_only(postgres, url):
         for number in range(ERRORS["database"]):
-            service.signup(json=_user(f"failed-{number}"))
+            service.signup(json=user(f"failed-{number}"))
     assert service.answers == {int(code): count for code, count in CODES.items() if count}
 
 
@@ -131,11 +127,6 @@ def _past_samples(end: float) -> str:
 
 def _of_containers(suffix: str, value: float) -> dict[str, float]:
     return {f'{suffix}{{job="cadvisor",name="{name}"}}': value for name in CONTAINERS}
-
-
-def average(samples: Samples, name: str) -> float:
-    """The mean of a histogram."""
-    return samples.total(f"{name}_sum") / samples.total(f"{name}_count")
 
 
 def quantile(samples: Samples, q: float, name: str, **labels: str) -> float:

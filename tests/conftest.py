@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed import wait_until
 from testbed.database import Postgres
 from testbed.programs import missing
 from testbed.service import Service
@@ -15,6 +14,12 @@ from testbed.watched import Watched, watch
 def postgres() -> Iterator[Postgres]:
     with Postgres() as postgres:
         yield postgres
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    """Of an empty database."""
+    return postgres.new_database()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def service(database_url: str) -> Iterator[Service]:
         METRICS_SAMPLE_INTERVAL="0.05",
         DATABASE_STATEMENT_TIMEOUT="2",
     ) as service:
-        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        service.wait_for(database_connections_max=25)
         yield service
 
 
@@ -39,6 +44,19 @@ def service(database_url: str) -> Iterator[Service]:
 def watched(postgres: Postgres) -> Iterator[Watched]:
     with watch(postgres) as watched:
         yield watched
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell pytest-xdist what stays in one process: all that uses `watched`, else a whole file.
+
+    A test without fixtures, or with a database of its own, runs in whichever process is free.
+    """
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if fixtures and "url" not in fixtures:
+            group = "watched" if "watched" in fixtures else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,15 +1,13 @@
 """Wrong settings stop the start with a line each; right ones are taken as they are."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from signup import create_app
 from signup.config import Config, ConfigError
-from testbed import ROOT, wait_until
-from testbed.database import Postgres, execute
-from testbed.service import GUNICORN, Service
+from testbed.database import Postgres, broken_table
+from testbed.service import USER, Service, refused_start
 
 WRONG = [
     ("PORT", "abc"),
@@ -102,12 +100,6 @@ def test_an_app_without_a_database_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         create_app()
 
 
-def start(*options: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Start gunicorn in `folder`, which is expected to refuse."""
-    command = [*GUNICORN, "--bind=127.0.0.1:0", *options, "app:app"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
-
-
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
     """The one line, beside those of gunicorn's log, that says why."""
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
@@ -115,39 +107,34 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_gunicorn_refuses_with_the_line_alone() -> None:
-    done = start(PORT="http", DATABASE_URL="postgres://me:s3cret@[bad/db")
-    assert done.returncode == 1
+    done = refused_start(PORT="http", DATABASE_URL="postgres://me:s3cret@[bad/db")
     lines = done.stderr.splitlines()
     assert [line.split()[0] for line in lines] == ["PORT:", "DATABASE_URL"]
     assert "s3cret" not in done.stderr + done.stdout
 
 
 def test_a_start_without_a_database_names_make_run() -> None:
-    done = start()
-    assert done.returncode == 1
+    done = refused_start()
     (line,) = done.stderr.splitlines()
     assert "make run" in line
     assert "DATABASE_URL" in line
 
 
 def test_more_workers_than_connections_are_refused(postgres: Postgres) -> None:
-    done = start("--workers=26", DATABASE_URL=postgres.url)
-    assert done.returncode == 1
+    done = refused_start("--workers=26", DATABASE_URL=postgres.url)
     line = refusal(done)
     assert line.startswith("DATABASE_MAX_CONNECTIONS: '25' is not allowed: ")
     assert "26 workers" in line
 
 
-def test_no_more_workers_than_connections_by_default(postgres: Postgres) -> None:
-    url = postgres.new_database()
+def test_no_more_workers_than_connections_by_default(url: str) -> None:
     with Service(DATABASE_URL=url, DATABASE_MAX_CONNECTIONS="1") as service:
-        wait_until(lambda: service.metrics().get_value("database_connections_max") == 1)
+        service.wait_for(database_connections_max=1)
         assert service.metrics().get_value("signup_workers") == 1
 
 
 def test_a_metrics_folder_that_cant_be_written(postgres: Postgres) -> None:
-    done = start(DATABASE_URL=postgres.url, PROMETHEUS_MULTIPROC_DIR="/dev/null/metrics")
-    assert done.returncode == 1
+    done = refused_start(DATABASE_URL=postgres.url, PROMETHEUS_MULTIPROC_DIR="/dev/null/metrics")
     line = refusal(done)
     assert line.startswith("PROMETHEUS_MULTIPROC_DIR: ")
     assert "Not a directory" in line
@@ -167,16 +154,23 @@ PASSWORDS = [
 ]
 
 
+WITH_PASSWORD = ["postgresql://postgres:{}@/signup", "postgresql://postgres@/signup?password={}"]
+
+
 @pytest.mark.parametrize("password", PASSWORDS)
-@pytest.mark.parametrize("how", ["user", "parameter"])
-def test_no_refusal_prints_a_password(postgres: Postgres, password: str, how: str) -> None:
-    host = postgres.url.partition("host=")[2]
-    url = f"postgresql://postgres:{password}@/nonexistent?host={host}"
-    if how == "parameter":
-        url = f"postgresql://postgres@/nonexistent?host={host}&password={password}"
+@pytest.mark.parametrize("url", WITH_PASSWORD)
+def test_no_refusal_quotes_a_password(url: str, password: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_env({"DATABASE_URL": url.format(password)}, workers=26)
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", WITH_PASSWORD)
+def test_no_refused_start_prints_a_password(url: str) -> None:
+    url = url.format("s3:cret")
     for options, named in (([], url), ([f"--env=DATABASE_URL={url}"], "")):
-        done = start("--workers=26", *options, LOG_LEVEL="debug", DATABASE_URL=named)
-        assert done.returncode == 1
+        done = refused_start("--workers=26", *options, LOG_LEVEL="debug", DATABASE_URL=named)
+        assert "26 workers" in refusal(done)
         assert "cret" not in done.stdout + done.stderr
 
 
@@ -189,9 +183,8 @@ def test_no_log_line_holds_a_password(postgres: Postgres, how: str) -> None:
         url = url.replace(":s3%40cret@", "@") + "&password=s3cret"
     with Service(f"--env=DATABASE_URL={url}", DATABASE_URL=url, LOG_LEVEL="debug") as service:
         assert service.get("/readyz").status_code == 200
-        execute(url, "ALTER TABLE users RENAME TO elsewhere")
-        user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-        assert service.signup(json=user).status_code == 500
+        with broken_table(url):
+            assert service.signup(json=USER).status_code == 500
         assert service.stop() == 0
-        assert "UndefinedTable" in service.log()
+        assert "UndefinedColumn" in service.log()
         assert "cret" not in service.log()

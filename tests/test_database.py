@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from shutil import which
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -18,17 +16,11 @@ from signup.config import Config
 from signup.database import GRACE
 from signup.metrics import Metrics
 from signup.pool import Pool
-from testbed import ROOT, wait_until
+from testbed import wait_until
 from testbed.database import Postgres, execute, locked_table
 from testbed.faults import FAULTS, end_connections
 from testbed.load import Signups
-from testbed.service import GUNICORN, Service
-
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-
-
-def user(name: str) -> dict[str, str]:
-    return USER | {"email": f"{name}@example.com"}
+from testbed.service import USER, Service, refused_start, user
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +31,24 @@ def server() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="module")
-def url(server: Postgres) -> str:
+def fragile_url(server: Postgres) -> str:
     return server.new_database()
 
 
 @pytest.fixture(scope="module")
-def fragile(url: str) -> Iterator[Service]:
-    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2", **TIMEOUTS) as service:
-        wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+def fragile(fragile_url: str) -> Iterator[Service]:
+    with Service(DATABASE_URL=fragile_url, WEB_CONCURRENCY="2", **TIMEOUTS) as service:
+        service.wait_for(signup_workers=2)
         yield service
-
-
-def connections(server: Postgres, url: str) -> set[int]:
-    """The server's processes for the service's connections to the database of `url`."""
-    name = urlsplit(url).path[1:]
-    rows = execute(
-        server.url,
-        "SELECT pid FROM pg_stat_activity"
-        f" WHERE datname = '{name}' AND application_name = 'signup'",
-    )
-    return {pid for (pid,) in rows}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_answered_counted_logged_and_survived(
-    server: Postgres, url: str, fragile: Service, fault: str
+    server: Postgres, fragile_url: str, fragile: Service, fault: str
 ) -> None:
     if fault == "disk full" and not which("prlimit"):
         pytest.skip("needs the program prlimit (util-linux)")
-    report = fault_drill(fragile, server, url, fault, failures=30)
+    report = fault_drill(fragile, server, fragile_url, fault, failures=16)
     assert report.answers.keys() <= {201, 400, 409, 500, 503}
     assert report.healthz == 200
     answering = fault in ("table locked", "read-only", "disk full")
@@ -75,84 +56,71 @@ def test_a_fault_is_answered_counted_logged_and_survived(
 
 
 def test_what_was_acknowledged_survives_a_kill(
-    server: Postgres, url: str, fragile: Service
+    server: Postgres, fragile_url: str, fragile: Service
 ) -> None:
-    acknowledged, missing = durability_drill(fragile, server, url, signups=300)
+    acknowledged, missing = durability_drill(fragile, server, fragile_url, signups=300)
     assert acknowledged >= 300
     assert missing == 0
 
 
 @pytest.mark.parametrize("how", ["restart", "terminate"])
 def test_the_first_request_after_lost_connections_is_stored(
-    server: Postgres, url: str, fragile: Service, how: str
+    server: Postgres, fragile_url: str, fragile: Service, how: str
 ) -> None:
-    with ThreadPoolExecutor(8) as executor, locked_table(server.admin_url(url)):
+    with ThreadPoolExecutor(8) as executor, locked_table(server.admin_url(fragile_url)):
         requests = [executor.submit(fragile.signup, json=user(f"{how}{n}")) for n in range(8)]
-        wait_until(lambda: len(connections(server, url)) >= 4)
+        wait_until(lambda: len(server.connections(fragile_url)) >= 4)
     assert [request.result().status_code for request in requests] == [201] * 8
     if how == "restart":
         server.stop()
         server.restart()
     else:
-        end_connections(server, url)
+        end_connections(server, fragile_url)
     for n in range(16):
         assert fragile.signup(json=user(f"{how}-again{n}")).status_code == 201
 
 
-def test_an_insert_outlives_a_migration(postgres: Postgres) -> None:
-    url = postgres.new_database()
+def test_an_insert_outlives_a_migration(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
         assert service.signup(json=user("before")).status_code == 201
-        execute(postgres.admin_url(url), "ALTER TABLE users ALTER first_name TYPE varchar(100)")
+        execute(url, "ALTER TABLE users ALTER first_name TYPE varchar(100)")
         for n in range(3):
             assert service.signup(json=user(f"after{n}")).status_code == 201
             assert service.signup(json=user(f"AFTER{n}")).status_code == 409
 
 
-def test_a_connection_whose_first_insert_failed_goes_on(postgres: Postgres) -> None:
-    url = postgres.new_database()
+def test_a_connection_whose_first_insert_failed_goes_on(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
-        execute(postgres.admin_url(url), "ALTER TABLE users ADD CHECK (last_name <> 'Refused')")
+        execute(url, "ALTER TABLE users ADD CHECK (last_name <> 'Refused')")
         assert service.signup(json=USER | {"last_name": "Refused"}).status_code == 500
         for n in range(3):
             assert service.signup(json=user(f"after{n}")).status_code == 201
 
 
-def test_metrics_and_health_are_answered_while_signups_wait(postgres: Postgres) -> None:
-    url, waiting = postgres.new_database(), 40
+def test_metrics_and_health_are_answered_while_signups_wait(url: str) -> None:
+    waiting = 40
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service,
         ThreadPoolExecutor(waiting) as executor,
     ):
-        with locked_table(postgres.admin_url(url)):
+        with locked_table(url):
             requests = [executor.submit(service.signup, json=user(f"w{n}")) for n in range(waiting)]
-            wait_until(lambda: service.metrics().get_value("signup_requests_in_flight") == waiting)
+            service.wait_for(signup_requests_in_flight=waiting)
             assert service.get("/healthz").status_code == 200
         assert [request.result().status_code for request in requests] == [201] * waiting
 
 
 def test_a_statement_of_unknown_fate_is_not_repeated(
-    server: Postgres, url: str, fragile: Service
+    server: Postgres, fragile_url: str, fragile: Service
 ) -> None:
-    with ThreadPoolExecutor(1) as executor, locked_table(server.admin_url(url)):
+    with ThreadPoolExecutor(1) as executor, locked_table(server.admin_url(fragile_url)):
         request = executor.submit(fragile.signup, json=user("unknown"))
         wait_until(lambda: fragile.metrics().get_value("signup_requests_in_flight"))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: execute(server.url, waiting) == [(1,)])
-        end_connections_but_the_lock(server, url)
+        wait_until(lambda: waits_for_the_lock(fragile_url))
+        end_connections(server, fragile_url)
         assert request.result().status_code == 500
         assert request.result().json() == {"error": "failed to create user"}
-    assert execute(url, "SELECT 1 FROM users WHERE email = 'unknown@example.com'") == []
-
-
-def end_connections_but_the_lock(server: Postgres, url: str) -> None:
-    for pid in connections(server, url):
-        role = urlsplit(url).username
-        execute(
-            server.url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            f" WHERE pid = {pid} AND usename = '{role}'",
-        )
+    assert execute(fragile_url, "SELECT 1 FROM users WHERE email = 'unknown@example.com'") == []
 
 
 def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
@@ -165,12 +133,12 @@ def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
         most = 0
         with Signups(service, clients=12) as load:
             wait_until(lambda: service.answers.total() > 200)
-            first = connections(server, url)
+            first = server.connections(url)
             wait_until(lambda: service.answers.total() > 500)
-            assert connections(server, url) == first  # none was closed and opened again
+            assert server.connections(url) == first  # none was closed and opened again
             service.process.send_signal(signal.SIGHUP)  # old and new workers at once
-            while service.boots() < 4 or service.answers.total() < 1000:
-                most = max(most, len(connections(server, url)))
+            while service.boots() < 4 or service.answers.total() < 800:
+                most = max(most, len(server.connections(url)))
                 now = service.metrics()
                 opened = now.get_value("database_connections", state="open")
                 assert opened <= now.get_value("database_connections_max") <= 2 * 5
@@ -180,7 +148,7 @@ def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
         wait_until(
             lambda: (
                 service.metrics().get_value("database_connections", state="open")
-                == len(connections(server, url))
+                == len(server.connections(url))
             )
         )
         now = service.quiet_metrics()
@@ -249,7 +217,7 @@ def test_one_email_is_one_account_in_any_letter_case_and_locale(
 
 
 def test_a_database_that_is_not_utf8_is_refused(postgres: Postgres) -> None:
-    done = refused(postgres.new_database(encoding="SQL_ASCII"))
+    done = refused_start(DATABASE_URL=postgres.new_database(encoding="SQL_ASCII"))
     line = "the database can't be used: its encoding is not UTF8"
     assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == [line]
 
@@ -265,18 +233,8 @@ def test_a_start_waits_for_the_database(server: Postgres) -> None:
     restart.join()
 
 
-def refused(url: str) -> subprocess.CompletedProcess[str]:
-    """A start that is expected to fail."""
-    command = [*GUNICORN, "--bind=127.0.0.1:0", "app:app"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={"DATABASE_URL": url}, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    return done
-
-
 def test_a_start_gives_up_with_a_clear_line() -> None:
-    done = refused("postgresql://signup:s3cret@127.0.0.1:1/signup")
+    done = refused_start(DATABASE_URL="postgresql://signup:s3cret@127.0.0.1:1/signup")
     lines = done.stderr.splitlines()
     assert all("waiting for the database" in json.loads(line)["message"] for line in lines[1:-1])
     assert len(lines) > 5
@@ -285,7 +243,7 @@ def test_a_start_gives_up_with_a_clear_line() -> None:
 
 
 def test_an_answer_that_has_come_counts_after_a_pause(server: Postgres) -> None:
-    url, seconds = server.new_database(), 2
+    url, seconds = server.new_database(), 1
     with (
         Service(
             DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_STATEMENT_TIMEOUT=str(seconds)
@@ -306,10 +264,8 @@ def test_an_answer_that_has_come_counts_after_a_pause(server: Postgres) -> None:
 
 
 def waits_for_the_lock(url: str) -> bool:
-    waiting = (
-        "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%users%'"
-    )
-    return bool(execute(url, waiting))
+    """Whether a statement of the role of `url` does."""
+    return bool(execute(url, "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
 
 def test_who_waits_first_is_served_first(url: str) -> None:

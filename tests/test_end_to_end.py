@@ -7,10 +7,12 @@ import signal
 import socket
 import stat
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -18,7 +20,7 @@ from testbed import wait_until
 from testbed.database import Postgres, count_users
 from testbed.postgres import home_for
 from testbed.programs import is_alive
-from testbed.service import Service, project_copy
+from testbed.service import Service, project_copy, user
 
 
 def guide_traffic() -> list[dict[str, str]]:
@@ -68,49 +70,69 @@ def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> No
             list(executor.map(Service.__exit__, services))
 
 
-def test_an_embedded_database_outlives_the_service_and_harms_no_folder() -> None:
-    user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
+@pytest.fixture(scope="module")
+def project() -> Iterator[Path]:
+    """A copy with an embedded PostgreSQL of its own, as `make run` starts it."""
     with project_copy() as project:
-        folders = [project, *project.parents, Path(shutil.__file__).parent]
-        before = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
-        for status, stop in ((201, Service.press_ctrl_c), (409, Service.stop)):
-            with Service(project=project, WEB_CONCURRENCY="2") as service:
-                assert f"data in {home_for(project)}" in service.log()
-                assert service.signup(json=user).status_code == status
-                pids = [*descendants(service.process.pid), server_pid(project)]
-                assert len(pids) == 4  # the master, two workers, and the database
-                assert stop(service) == 0
-                wait_until(lambda: not any(map(is_alive, pids)))
-                assert "Shutting down" in service.log()
-                assert "Traceback" not in service.log()
-        assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
+        yield project
 
 
-def test_the_users_variables_for_other_databases_do_not_reach_the_embedded_one() -> None:
-    user = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-    with (
-        project_copy() as project,
-        Service(
-            project=project,
-            WEB_CONCURRENCY="1",
-            PGHOST="nowhere.invalid",
-            PGHOSTADDR="192.0.2.1",
-            PGPORT="1",
-            PGUSER="stranger",
-            PGPASSWORD="s3cret",
-            PGDATABASE="elsewhere",
-            PGOPTIONS="-c default_transaction_read_only=on",
-            PGSSLMODE="require",
-            PGSERVICE="other",
-            PGTARGETSESSIONATTRS="standby",
-            PGDATA="/nonexistent",
-        ) as own,
-    ):
-        assert own.signup(json=user).status_code == 201
+def test_an_embedded_database_outlives_the_service_and_harms_no_folder(project: Path) -> None:
+    folders = [project, *project.parents, Path(shutil.__file__).parent]
+    before = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
+    for status, stop in ((201, Service.press_ctrl_c), (409, Service.stop)):
+        with Service(project=project, WEB_CONCURRENCY="2") as service:
+            assert f"data in {home_for(project)}" in service.log()
+            assert service.signup(json=user("outlives")).status_code == status
+            pids = [*descendants(service.process.pid), server_pid(project)]
+            assert len(pids) == 4  # the master, two workers, and the database
+            assert stop(service) == 0
+            wait_until(lambda: not any(map(is_alive, pids)))
+            assert "Shutting down" in service.log()
+            assert "Traceback" not in service.log()
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
+
+
+def test_the_users_variables_for_other_databases_do_not_reach_the_embedded_one(
+    project: Path,
+) -> None:
+    with Service(
+        project=project,
+        WEB_CONCURRENCY="1",
+        PGHOST="nowhere.invalid",
+        PGHOSTADDR="192.0.2.1",
+        PGPORT="1",
+        PGUSER="stranger",
+        PGPASSWORD="s3cret",
+        PGDATABASE="elsewhere",
+        PGOPTIONS="-c default_transaction_read_only=on",
+        PGSSLMODE="require",
+        PGSERVICE="other",
+        PGTARGETSESSIONATTRS="standby",
+        PGDATA="/nonexistent",
+    ) as own:
+        assert own.signup(json=user("variables")).status_code == 201
         own.check_equalities(rows=1)
         for pid in descendants(own.process.pid):
             environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             assert not [variable for variable in environ if variable.startswith(b"PG")]
+
+
+def test_two_services_share_an_embedded_database(project: Path) -> None:
+    with Service(project=project) as second:
+        with Service(project=project) as first:
+            first.stop()
+        assert second.get("/readyz").status_code == 200
+        pid = server_pid(project)
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_no_server_is_left_when_the_port_is_taken(project: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(AssertionError, match="Address already in use"):
+            Service(f"--bind={address}", project=project).__enter__()
+    assert not (home_for(project) / "data" / "postmaster.pid").exists()
 
 
 def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None:
@@ -124,28 +146,9 @@ def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None
         assert "was sent SIGKILL" not in service.log()
 
 
-def test_two_services_share_an_embedded_database() -> None:
-    with project_copy() as project:
-        with Service(project=project) as second:
-            with Service(project=project) as first:
-                first.stop()
-            assert second.get("/readyz").status_code == 200
-            pid = server_pid(project)
-        wait_until(lambda: not is_alive(pid))
-
-
-def test_no_server_is_left_when_the_port_is_taken() -> None:
-    with project_copy() as project, socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(AssertionError, match="Address already in use"):
-            Service(f"--bind={address}", project=project).__enter__()
-        assert not (home_for(project) / "data" / "postmaster.pid").exists()
-
-
 def descendants(pid: int) -> list[int]:
     """Its children, theirs, and so on."""
-    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [found for child in children for found in (child, *descendants(child))]
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def server_pid(project: Path) -> int:

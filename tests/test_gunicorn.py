@@ -21,14 +21,11 @@ import pytest
 import requests
 
 from testbed import ROOT, wait_until
-from testbed.database import Postgres, count_users, execute, session
+from testbed.database import Postgres, broken_table, count_users
 from testbed.load import Signups
 from testbed.programs import is_alive
-from testbed.service import Samples, Service, project_copy
+from testbed.service import USER, Service, project_copy, refused_start
 
-from .test_config import start
-
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 CONFIG = ROOT / "gunicorn.conf.py"
 ACCESS_FIELDS = {"time", "request_id", "method", "path", "status", "duration"}
 
@@ -42,24 +39,9 @@ class Wrapped(Service):
 
 
 @pytest.fixture
-def url(postgres: Postgres) -> str:
-    return postgres.new_database()
-
-
-@pytest.fixture
 def project() -> Iterator[Path]:
     with project_copy() as project:
         yield project
-
-
-def wait_for(service: Service, **values: float) -> Samples:
-    """The first scrape in which these metrics have these values."""
-
-    def scrape() -> Samples | None:
-        now = service.metrics()
-        return now if all(now.get_value(n) == value for n, value in values.items()) else None
-
-    return wait_until(scrape)
 
 
 def sign_up(service: Service, name: str) -> None:
@@ -102,10 +84,9 @@ def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> No
         assert f"Using worker: {kind}" in service.log()
         sign_up(service, "before")
         service.check_equalities(count_users(url))
-        before = wait_for(service, signup_workers=2, signup_worker_starts_total=2)
+        before = service.wait_for(signup_workers=2, signup_worker_starts_total=2)
         os.kill(service.worker_pids()[0], signal.SIGKILL)
-        after = wait_for(
-            service,
+        after = service.wait_for(
             signup_workers=2,
             signup_worker_starts_total=3,
             database_connections_max=25,
@@ -169,12 +150,12 @@ def test_log_files_are_written_as_json_lines(url: str, tmp_path: Path) -> None:
     with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         wait_until(lambda: len(access.read_text().splitlines()) == 1)
         check_access_lines(service, access)
-        execute(url, "ALTER TABLE users RENAME TO people")
-        assert service.signup(json=USER).status_code == 500
+        with broken_table(url):
+            assert service.signup(json=USER).status_code == 500
         service.stop()
         messages = [line["message"] for line in json_lines(errors.read_text())]
         assert messages[0].startswith("Starting gunicorn")
-        assert [text for text in messages if text.startswith("database: UndefinedTable: ")]
+        assert [text for text in messages if text.startswith("database: UndefinedColumn: ")]
         assert "request failed" in messages
         assert messages[-1].startswith("Shutting down")
         (line,) = service.log().splitlines()
@@ -227,7 +208,7 @@ def test_reload_serves_changed_code(url: str, project: Path) -> None:
         service.signup(json=USER)
         change_welcome(project)
         wait_until(lambda: service.get("/").json() == {"message": "welcome back"})
-        wait_for(service, signup_workers=1, signup_worker_starts_total=2)
+        service.wait_for(signup_workers=1, signup_worker_starts_total=2)
         assert service.signup(json=USER).status_code == 409
         service.check_equalities(rows=1)
 
@@ -244,7 +225,7 @@ def test_reload_survives_a_syntax_error(url: str, project: Path) -> None:
 
 def test_hup_serves_changed_code(url: str, project: Path) -> None:
     with Service(project=project, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        wait_for(service, database_connections_max=25)
+        service.wait_for(database_connections_max=25)
         service.signup(json=USER)
         change_welcome(project)
         assert service.get("/").json() == {"message": "welcome"}
@@ -258,8 +239,7 @@ def test_hup_serves_changed_code(url: str, project: Path) -> None:
 
 
 def test_preload_is_refused(url: str) -> None:
-    done = start("--preload", DATABASE_URL=url)
-    assert done.returncode == 1
+    done = refused_start("--preload", DATABASE_URL=url)
     (line,) = done.stderr.splitlines()
     assert line.startswith("preload_app ")
 
@@ -271,14 +251,13 @@ def test_the_configuration_file_may_be_named_elsewhere(
     options = (*options, f"--config={CONFIG}")
     with Service(*options, project=tmp_path, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         assert service.signup(json=USER).status_code == 201
-        wait_for(service, signup_workers=2, database_connections_max=25)
+        service.wait_for(signup_workers=2, database_connections_max=25)
         service.check_equalities(rows=1)
 
 
 def test_a_start_without_the_configuration_file_is_refused(url: str, tmp_path: Path) -> None:
     options = (f"--pythonpath={ROOT}", "--no-control-socket")
-    done = start(*options, folder=tmp_path, DATABASE_URL=url)
-    assert done.returncode
+    done = refused_start(*options, folder=tmp_path, DATABASE_URL=url)
     assert "gunicorn.conf.py was not read" in done.stderr
 
 
@@ -317,11 +296,11 @@ def test_workers_of_another_user_count_as_well(url: str, project: Path) -> None:
     ) as service:
         sign_up(service, "before")
         service.check_equalities(count_users(url))
-        wait_for(service, signup_workers=2, database_connections_max=25)
+        service.wait_for(signup_workers=2, database_connections_max=25)
         pids = service.worker_pids()
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {nobody.pw_uid}
         os.kill(pids[0], signal.SIGKILL)
-        wait_for(service, signup_workers=2, signup_worker_starts_total=3)
+        service.wait_for(signup_workers=2, signup_worker_starts_total=3)
         sign_up(service, "after")
         service.check_equalities(count_users(url))
 
@@ -366,25 +345,18 @@ def test_worker_connections_holds_further_ones_back(url: str) -> None:
 def test_ttin_and_ttou_change_the_number_of_workers(
     postgres: Postgres, url: str, budget: int
 ) -> None:
-    name = urlsplit(url).path[1:]
-    connections = f"""SELECT count(*) FROM pg_stat_activity
-        WHERE datname = '{name}' AND application_name = 'signup'"""
-    with (
-        Service(
-            DATABASE_URL=url,
-            DATABASE_MAX_CONNECTIONS=str(budget),
-            WEB_CONCURRENCY="2",
-            METRICS_SAMPLE_INTERVAL="0.05",
-        ) as service,
-        session(postgres.url) as cursor,
-    ):
+    with Service(
+        DATABASE_URL=url,
+        DATABASE_MAX_CONNECTIONS=str(budget),
+        WEB_CONCURRENCY="2",
+        METRICS_SAMPLE_INTERVAL="0.05",
+    ) as service:
 
         def is_reached(workers: int, low: int, high: int) -> bool:
             now = service.metrics()
             most = now.get_value("database_connections_max")
             assert now.get_value("database_connections", state="open") <= most
-            cursor.execute(connections)
-            assert cursor.fetchall()[0][0] <= budget + share
+            assert len(postgres.connections(url)) <= budget + share
             return now.get_value("signup_workers") == workers and low <= most <= high
 
         share = -(-budget // 2)
@@ -401,13 +373,12 @@ def test_ttin_and_ttou_change_the_number_of_workers(
 
 def test_hup_loses_no_request(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        wait_for(service, signup_workers=2, database_connections_max=25)
+        service.wait_for(signup_workers=2, database_connections_max=25)
         with Signups(service) as load:
             old = service.worker_pids()
             service.process.send_signal(signal.SIGHUP)
             wait_until(lambda: not any(map(is_alive, old)))
-            wait_for(
-                service,
+            service.wait_for(
                 signup_workers=2,
                 signup_worker_starts_total=4,
                 database_connections_max=24,
@@ -420,7 +391,7 @@ def test_hup_loses_no_request(url: str) -> None:
 def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         service.signup(json=USER)
-        wait_for(service, signup_workers=2)
+        service.wait_for(signup_workers=2)
         folder, old = service.metrics_folder(), service.worker_pids()
         service.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: service.log().count("signup service on") == 2 and service.boots() == 4)
@@ -439,7 +410,7 @@ def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
         assert service.signup(json=USER).status_code == 409
         # It has taken over: it replaces its workers, and ends as the old one did.
         os.kill(new, signal.SIGHUP)
-        wait_for(service, signup_workers=2, signup_worker_starts_total=4)
+        service.wait_for(signup_workers=2, signup_worker_starts_total=4)
         os.kill(new, signal.SIGTERM)
         wait_until(lambda: not is_alive(new))
         assert "Traceback" not in service.log()
@@ -449,7 +420,7 @@ def test_gunicorn_cmd_args(url: str) -> None:
     with Service(
         DATABASE_URL=url, WEB_CONCURRENCY="2", GUNICORN_CMD_ARGS="--workers 3 --keep-alive 0"
     ) as service:
-        wait_for(service, signup_workers=3, database_connections_max=25)
+        service.wait_for(signup_workers=3, database_connections_max=25)
         assert service.get("/").headers["Connection"] == "close"
 
 
@@ -458,18 +429,18 @@ def test_variables_of_the_option_env(url: str) -> None:
     # An empty DATABASE_URL is as one that is unset; the embedded PostgreSQL is left out.
     with Service(*options, DATABASE_URL="", WEB_CONCURRENCY="2") as service:
         assert service.signup(json=USER).status_code == 201
-        wait_for(service, signup_workers=2, database_connections_max=4)
+        service.wait_for(signup_workers=2, database_connections_max=4)
         old = service.worker_pids()
         service.process.send_signal(signal.SIGHUP)
         wait_until(lambda: not any(map(is_alive, old)))
-        wait_for(service, signup_workers=2, database_connections_max=4)
+        service.wait_for(signup_workers=2, database_connections_max=4)
         service.check_equalities(rows=1)
 
 
 def test_make_run_takes_an_empty_web_concurrency_for_an_unset_one(url: str) -> None:
     line = f'exec {sys.executable} -m testbed.postgres "$@"'
     with Wrapped(line, DATABASE_URL=url, WEB_CONCURRENCY="") as service:
-        wait_for(service, signup_workers=max(2, len(os.sched_getaffinity(0))))
+        service.wait_for(signup_workers=max(2, len(os.sched_getaffinity(0))))
         assert service.stop() == 0
 
 

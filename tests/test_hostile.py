@@ -22,9 +22,8 @@ from email_validator import EmailNotValidError, validate_email
 
 from testbed import wait_until
 from testbed.database import count_users
-from testbed.service import Service
+from testbed.service import USER, Service
 
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 FIELDS = tuple(USER)
 LIMIT = 16384  # MAX_BODY_BYTES
 numbers = itertools.count()
@@ -87,30 +86,30 @@ def chunks(body: bytes, *headers: bytes) -> bytes:
     return http(b"POST /signup HTTP/1.1", b"Transfer-Encoding: chunked", *headers, body=body)
 
 
-def user(**changes: Any) -> bytes:
+def user_json(**changes: Any) -> bytes:
     return json.dumps(USER | changes).encode()
 
 
-def new_user(**changes: Any) -> bytes:
+def new_user_json(**changes: Any) -> bytes:
     """A user whom nobody else has signed up."""
-    return user(email=f"fine.{next(numbers)}@example.com", **changes)
+    return user_json(email=f"fine.{next(numbers)}@example.com", **changes)
 
 
 def name(text: bytes) -> bytes:
     """A signup with these bytes as a name."""
-    return user(first_name="?").replace(b'"?"', b'"' + text + b'"')
+    return user_json(first_name="?").replace(b'"?"', b'"' + text + b'"')
 
 
 def extra(text: bytes) -> bytes:
     """A signup with an unknown field of this value."""
-    return user()[:-1] + b', "extra": ' + text + b"}"
+    return user_json()[:-1] + b', "extra": ' + text + b"}"
 
 
 def get(*headers: bytes, target: bytes = b"/signup", **options: Any) -> bytes:
     return http(b"GET %s HTTP/1.1" % target, *headers, **options)
 
 
-GOOD = user()
+GOOD = user_json()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD)
 HIDDEN = get(target=b"/")
 
@@ -144,7 +143,7 @@ BAD_BODIES = (
     extra(b"9" * 5000),
 )
 WRONG_TYPES = {
-    f"{field} is {json.dumps(value)}": user(**{field: value})
+    f"{field} is {json.dumps(value)}": user_json(**{field: value})
     for field in FIELDS
     for value in (None, True, 1, 1.5, [], ["x"], {}, {"$ne": ""})
 }
@@ -292,7 +291,7 @@ def field_cases(field: str) -> dict[str, Any]:
     most = 254 if field == "email" else 100
 
     def case(text: bytes, message: str) -> tuple[bytes, Answer]:
-        body = user(**{field: "?"}).replace(b'"?"', b'"' + text + b'"')
+        body = user_json(**{field: "?"}).replace(b'"?"', b'"' + text + b'"')
         return post(body), refused(field, f"{label} {message}")
 
     forbidden = "must not contain control or invisible characters"
@@ -309,14 +308,14 @@ TABLES: dict[str, dict[str, Any]] = {
     **{"framing": BODIES, "cut short": CUT_SHORT, "smuggled": SMUGGLED},
     **{"method": METHODS, "path": PATHS},
 }
-TWO_BAD_FIELDS = post(user(first_name="", last_name="\0"))
+TWO_BAD_FIELDS = post(user_json(first_name="", last_name="\0"))
 CASES = {
     **{f"body: {text[:40]!r} {n}": (post(text), INVALID) for n, text in enumerate(BAD_BODIES)},
     **{f"type: {key}": (post(body), INVALID) for key, body in WRONG_TYPES.items()},
     **{f"chunks: {text[:40]!r} {n}": (chunks(text), INVALID) for n, text in enumerate(BAD_CHUNKS)},
     **{f"not HTTP: {text[:60]!r} {n}": (text, REFUSED) for n, text in enumerate(NOT_HTTP)},
     **{key: case for field in FIELDS for key, case in field_cases(field).items()},
-    **{f"email: {email}": (post(user(email=email)), invalid(email)) for email in EMAILS},
+    **{f"email: {email}": (post(user_json(email=email)), invalid(email)) for email in EMAILS},
     "the first bad field": (TWO_BAD_FIELDS, refused("first_name", "first name is required")),
     **{f"{title}: {key}": case for title, table in TABLES.items() for key, case in table.items()},
 }
@@ -356,21 +355,24 @@ HOSTS = (
     *(b"Host: x:y", b"Host: [::1", b"Host: x/signup?", b"Host: a@b"),
 )
 FINE = {
-    **{f"name: {text}": post(new_user(last_name=text)) for text in NAMES},
-    **{f"x: {text[:40]!r}": post(new_user()[:-1] + b', "x": ' + text + b"}") for text in EXTRAS},
-    **{f"path: {path!r}": post(new_user(), target=path) for path in SAME_PATH},
-    **{f"header: {header[:80]!r}": post(new_user(), header) for header in HEADERS},
-    **{f"host: {host[:80]!r}": post(new_user(), host=host) for host in HOSTS},
-    "white space around": post(b"\r\n\t " + new_user() + b" \n"),
-    "the largest body": post(new_user().ljust(LIMIT)),
-    "escapes": post(new_user(first_name="?").replace(b"?", rb"\u0041\ud83d\ude00\/")),
-    "HTTP/1.0": post(new_user()).replace(b"HTTP/1.1", b"HTTP/1.0"),
-    "an empty line in front": b"\r\n" + post(new_user()),
-    "zeros before the length": post(new_user()).replace(b"Length: ", b"Length: 000"),
-    "99 headers": post(new_user(), *[b"X: x"] * 97),
-    "chunks": chunks(b"C8;a=b\r\n%s\r\n0\r\nX: x\r\n\r\n" % new_user().ljust(200)),
+    **{f"name: {text}": post(new_user_json(last_name=text)) for text in NAMES},
+    **{
+        f"x: {text[:40]!r}": post(new_user_json()[:-1] + b', "x": ' + text + b"}")
+        for text in EXTRAS
+    },
+    **{f"path: {path!r}": post(new_user_json(), target=path) for path in SAME_PATH},
+    **{f"header: {header[:80]!r}": post(new_user_json(), header) for header in HEADERS},
+    **{f"host: {host[:80]!r}": post(new_user_json(), host=host) for host in HOSTS},
+    "white space around": post(b"\r\n\t " + new_user_json() + b" \n"),
+    "the largest body": post(new_user_json().ljust(LIMIT)),
+    "escapes": post(new_user_json(first_name="?").replace(b"?", rb"\u0041\ud83d\ude00\/")),
+    "HTTP/1.0": post(new_user_json()).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "an empty line in front": b"\r\n" + post(new_user_json()),
+    "zeros before the length": post(new_user_json()).replace(b"Length: ", b"Length: 000"),
+    "99 headers": post(new_user_json(), *[b"X: x"] * 97),
+    "chunks": chunks(b"C8;a=b\r\n%s\r\n0\r\nX: x\r\n\r\n" % new_user_json().ljust(200)),
     "chunks of a byte": chunks(
-        b"".join(b"001\r\n%c\r\n" % byte for byte in new_user()) + b"000\r\n\r\n"
+        b"".join(b"001\r\n%c\r\n" % byte for byte in new_user_json()) + b"000\r\n\r\n"
     ),
 }
 
@@ -380,7 +382,7 @@ def nobody_is_harmed(service: Service, database_url: str) -> Iterator[None]:
     """After all that: the same workers, what was counted is what was answered, and a clean log."""
     boots, before = service.boots(), len(service.log())
     yield
-    assert service.signup(data=new_user()).status_code == 201
+    assert service.signup(data=new_user_json()).status_code == 201
     assert service.boots() == boots
     service.check_equalities(count_users(database_url))
     log = service.log()[before:]
@@ -443,7 +445,7 @@ def check(service: Service, key: str, answers: list[Answer]) -> None:
 @pytest.mark.parametrize("key", CASES)
 def test_a_bad_request(service: Service, key: str) -> None:
     check(service, key, talk(service, key))
-    assert service.signup(data=new_user()).status_code == 201  # others are served as before
+    assert service.signup(data=new_user_json()).status_code == 201  # others are served as before
 
 
 def test_all_bad_requests_at_once(service: Service) -> None:
@@ -460,7 +462,7 @@ def test_what_gunicorn_refuses_is_logged_without_what_was_in_it(service: Service
     wait_until(lambda: service.log().count('"Invalid request"') == logged + 1)
 
 
-@pytest.mark.parametrize(("body", "status"), [(new_user(), 201), (b"x" * 20_000, 413)])
+@pytest.mark.parametrize(("body", "status"), [(new_user_json(), 201), (b"x" * 20_000, 413)])
 def test_a_client_that_waits_to_be_asked_for_the_body(
     service: Service, body: bytes, status: int
 ) -> None:

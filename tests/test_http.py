@@ -14,11 +14,9 @@ import requests
 from signup import create_app
 from signup.config import Config
 from testbed import wait_until
-from testbed.database import Postgres, count_users, execute, locked_table
-from testbed.service import Service
+from testbed.database import broken_table, count_users, execute, locked_table
+from testbed.service import USER, Service, user
 
-GOOD = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-CLOSE = {"Connection": "close"}  # a worker that is told to end waits for idle connections
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
@@ -29,7 +27,7 @@ def equalities_hold_after_each_test(service: Service, database_url: str) -> Iter
 
 
 def test_a_valid_signup(service: Service, database_url: str) -> None:
-    response = service.signup(json=GOOD | {"email": " Ada.1@Example.com "})
+    response = service.signup(json=USER | {"email": " Ada.1@Example.com "})
     assert response.status_code == 201
     assert response.headers["Content-Type"] == "application/json"
     user = response.json()["user"]
@@ -49,7 +47,7 @@ def test_a_valid_signup(service: Service, database_url: str) -> None:
 
 
 def test_the_content_type_does_not_matter(service: Service) -> None:
-    data = json.dumps(GOOD | {"email": "form@example.com"})
+    data = json.dumps(user("form"))
     headers = {"Content-Type": "application/x-www-form-urlencoded"}  # what plain `curl -d` sends
     assert service.signup(data=data, headers=headers).status_code == 201
 
@@ -78,8 +76,8 @@ def test_names_come_back_as_they_were_sent(service: Service, database_url: str) 
     ],
 )
 def test_a_registered_email_in_any_letter_case(service: Service, first: str, again: str) -> None:
-    assert service.signup(json=GOOD | {"email": first}).status_code == 201
-    response = service.signup(json=GOOD | {"email": again})
+    assert service.signup(json=USER | {"email": first}).status_code == 201
+    response = service.signup(json=USER | {"email": again})
     assert response.status_code == 409
     assert response.json() == {"error": "email already exists"}
 
@@ -104,7 +102,7 @@ def test_a_body_that_is_too_large(service: Service, chunked: bool) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_the_largest_body(service: Service, chunked: bool) -> None:
-    data = json.dumps(GOOD | {"email": f"large{chunked}@example.com"}).encode()
+    data = json.dumps(user(f"large{chunked}")).encode()
     data += b" " * (16384 - len(data))
     response = service.signup(data=iter([data[:100], data[100:]]) if chunked else data)
     assert response.status_code == 201
@@ -121,7 +119,7 @@ def test_the_largest_body(service: Service, chunked: bool) -> None:
     ],
 )
 def test_a_field_that_breaks_a_rule(service: Service, change: dict[str, str], error: str) -> None:
-    response = service.signup(json=GOOD | change)
+    response = service.signup(json=USER | change)
     assert response.status_code == 400
     assert response.json() == {"error": error, "field": next(iter(change))}
 
@@ -153,20 +151,17 @@ def test_a_body_cut_short(service: Service) -> None:
 
 
 def test_the_database_failed(service: Service, database_url: str) -> None:
-    execute(database_url, "ALTER TABLE users RENAME TO elsewhere")
-    try:
-        response = service.signup(json=GOOD | {"email": "lost@example.com"})
-    finally:
-        execute(database_url, "ALTER TABLE elsewhere RENAME TO users")
+    with broken_table(database_url):
+        response = service.signup(json=user("lost"))
     assert response.status_code == 500
     assert response.json() == {"error": "failed to create user"}
-    assert service.signup(json=GOOD | {"email": "lost@example.com"}).status_code == 201
+    assert service.signup(json=user("lost")).status_code == 201
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/signup/", "//signup", "/SIGNUP", "/static/x"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_any_other_path(service: Service, method: str, path: str) -> None:
-    request = requests.Request(method, service.url, json=GOOD).prepare()
+    request = requests.Request(method, service.url, json=USER).prepare()
     request.url = service.url + path  # requests would tidy it up
     response = requests.Session().send(request, timeout=30)
     assert response.status_code == 404
@@ -179,8 +174,7 @@ def test_welcome_and_health(service: Service) -> None:
         assert service.get(path).status_code == 200
 
 
-def test_no_connection_came_free_in_time(postgres: Postgres) -> None:
-    url = postgres.new_database()
+def test_no_connection_came_free_in_time(url: str) -> None:
     with (
         Service(
             DATABASE_URL=url,
@@ -193,9 +187,9 @@ def test_no_connection_came_free_in_time(postgres: Postgres) -> None:
         ThreadPoolExecutor(1) as executor,
     ):
         with locked_table(url):
-            holder = executor.submit(service.signup, json=GOOD, headers=CLOSE)
+            holder = executor.submit(service.signup, json=USER)
             wait_until(lambda: service.metrics().get_value("database_connections", state="in_use"))
-            response = service.signup(json=GOOD, headers=CLOSE)
+            response = service.signup(json=USER)
             assert response.status_code == 503
             assert response.headers["Retry-After"] == "1"
             assert response.json() == {"error": "service is busy, retry later"}
@@ -214,7 +208,7 @@ def test_an_unexpected_exception(database_url: str) -> None:
         raise RuntimeError("a secret")
 
     app.view_functions["signup"] = broken
-    response = app.test_client().post("/signup", json=GOOD)
+    response = app.test_client().post("/signup", json=USER)
     assert response.status_code == 500
     assert response.get_json() == {"error": "internal server error"}
     exposition = app.test_client().get("/metrics").text

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from testbed import ROOT
-from testbed.database import Postgres, count_users, execute
+from testbed.database import broken_table, count_users
 from testbed.load import Signups
 from testbed.service import Service
 
-ENOUGH = 4  # seconds
+ENOUGH = 3  # seconds
 
 
 def smoke(url: str, report: Path) -> tuple[bool, list[str]]:
@@ -27,8 +27,7 @@ def report(tmp_path: Path) -> Path:
     return tmp_path / "report.html"
 
 
-def test_it_passes_and_agrees_with_the_server(postgres: Postgres, report: Path) -> None:
-    url = postgres.new_database()
+def test_it_passes_and_agrees_with_the_server(url: str, report: Path) -> None:
     with Service(DATABASE_URL=url) as service:
         passed, verdicts = smoke(service.url, report)
         words = [verdict.split()[0] for verdict in verdicts]
@@ -40,17 +39,15 @@ def test_it_passes_and_agrees_with_the_server(postgres: Postgres, report: Path) 
     assert "<html" in report.read_text()
 
 
-def test_it_fails_when_requests_fail(postgres: Postgres, report: Path) -> None:
-    url = postgres.new_database()
-    with Service(DATABASE_URL=url) as service:
-        execute(postgres.admin_url(url), "DROP TABLE users")
+def test_it_fails_when_requests_fail(url: str, report: Path) -> None:
+    with Service(DATABASE_URL=url) as service, broken_table(url):
         passed, verdicts = smoke(service.url, report)
         assert not passed
         assert [verdict.split()[0] for verdict in verdicts[1:]] == ["FAILED", "ok"]
 
 
-def test_it_fails_when_the_server_counts_others(postgres: Postgres, report: Path) -> None:
-    with Service(DATABASE_URL=postgres.new_database()) as service, Signups(service, 1):
+def test_it_fails_when_the_server_counts_others(url: str, report: Path) -> None:
+    with Service(DATABASE_URL=url) as service, Signups(service, 1):
         passed, verdicts = smoke(service.url, report)
         assert not passed
         assert verdicts[2].startswith("FAILED the server counted")

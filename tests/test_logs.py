@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,22 +12,12 @@ import pytest
 import requests
 
 from testbed import wait_until
-from testbed.database import execute
+from testbed.database import broken_table
 from testbed.programs import is_alive
 from testbed.service import Service, project_copy
 
-USER = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
+PERSON = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
 PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent/7")
-
-
-@contextlib.contextmanager
-def broken_table(url: str) -> Iterator[None]:
-    """While the block runs, no signup can be stored."""
-    execute(url, "ALTER TABLE users RENAME COLUMN last_name TO family_name")
-    try:
-        yield
-    finally:
-        execute(url, "ALTER TABLE users RENAME COLUMN family_name TO last_name")
 
 
 def events(service: Service) -> list[dict[str, Any]]:
@@ -41,7 +30,7 @@ def events(service: Service) -> list[dict[str, Any]]:
 def test_by_default_an_answer_below_500_leaves_no_line(service: Service) -> None:
     before = service.log()
     with requests.Session() as session:
-        for body in (USER, USER, {}):
+        for body in (PERSON, PERSON, {}):
             service.signup(session=session, json=body)
         for path in ("/", "/metrics", "/healthz", "/readyz", "/nowhere") * 2:
             session.get(service.url + path, timeout=30)
@@ -52,7 +41,7 @@ def test_by_default_an_answer_below_500_leaves_no_line(service: Service) -> None
 def test_each_500_has_a_line_and_its_cause_another(service: Service, database_url: str) -> None:
     with broken_table(database_url):
         for request_id in ("req-1.a_B", "req-2"):
-            response = service.signup(json=USER, headers={"X-Request-ID": request_id})
+            response = service.signup(json=PERSON, headers={"X-Request-ID": request_id})
             assert response.status_code == 500
             assert response.headers["X-Request-ID"] == request_id
     failed = [event for event in events(service) if event["message"] == "request failed"]
@@ -71,7 +60,7 @@ def test_an_id_that_is_not_sane_is_replaced(
     service: Service, database_url: str, given: str
 ) -> None:
     with broken_table(database_url):
-        response = service.signup(json=USER, headers={"X-Request-ID": given.encode()})
+        response = service.signup(json=PERSON, headers={"X-Request-ID": given.encode()})
     made = response.headers["X-Request-ID"]
     assert made != given
     assert made.isalnum()
@@ -103,13 +92,13 @@ def test_an_unexpected_exception_is_logged_with_its_traceback(database_url: str)
 def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> None:
     for how in (Service.press_ctrl_c, Service.stop):
         with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2") as service:
-            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+            service.wait_for(signup_workers=2)
             killed, other = service.worker_pids()
             os.kill(killed, signal.SIGKILL)
             wait_until(lambda: service.boots() == 3)
             service.process.send_signal(signal.SIGHUP)
             wait_until(lambda: not is_alive(other))
-            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
+            service.wait_for(signup_workers=2)
             assert how(service) == 0
             lines = events(service)
             assert service.log().count("signup service on ") == 1
@@ -123,16 +112,16 @@ def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> No
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_nothing_personal_is_logged(database_url: str, level: str) -> None:
     with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL=level) as service:
-        wait_until(lambda: service.metrics().get_value("database_connections_max") == 25)
+        service.wait_for(database_connections_max=25)
         start = len(service.log())
         address = urlsplit(service.url)
-        service.signup(json=USER, headers={"User-Agent": "Agent/7"})
-        service.signup(json=USER | {"email": "secret.person(at)example.com"})
-        service.signup(data=json.dumps(USER) + "}")
-        service.signup("GET", params=USER)
+        service.signup(json=PERSON, headers={"User-Agent": "Agent/7"})
+        service.signup(json=PERSON | {"email": "secret.person(at)example.com"})
+        service.signup(data=json.dumps(PERSON) + "}")
+        service.signup("GET", params=PERSON)
         service.get("/secret.person@example.com/Zebedee", auth=("secret.person", "Quux"))
         with broken_table(database_url):
-            other = USER | {"email": "new." + USER["email"]}
+            other = PERSON | {"email": "new." + PERSON["email"]}
             assert service.signup(json=other).status_code == 500
         for raw in (
             b"GET /?email=secret.person@example.com HTTP/Zebedee\r\n\r\n",

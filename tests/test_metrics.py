@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed import wait_until
-from testbed.service import Samples, Service
+from testbed.service import Samples, Service, user
 
 BUCKETS = [
     "0.005",
@@ -93,7 +93,7 @@ def test_every_value_is_there_from_the_first_scrape(service: Service, openmetric
 
 def test_each_worker_answers_for_all(service: Service) -> None:
     for n in range(8):
-        service.signup(json={"email": f"{n}@example.com", "first_name": "A", "last_name": "B"})
+        service.signup(json=user(f"{n}"))
     first = service.quiet_metrics()
     assert first.get_value("signup_requests_total", status_code="201") == 8
     wait_until(lambda: service.metrics().total("database_connections", state="open"))

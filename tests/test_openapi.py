@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 import signup
 from signup import create_app
 from signup.config import Config
-from testbed.database import count_users, execute
+from testbed.database import broken_table, count_users
 from testbed.service import OPENMETRICS, Service
 
 DOCUMENT: dict[str, Any] = json.loads(Path(signup.__file__).with_name("openapi.json").read_text())
@@ -90,11 +90,8 @@ def test_no_answer_is_beside_it(case: schemathesis.Case[Any], service: Service) 
 
 
 def test_answers_that_are_rare(service: Service, database_url: str) -> None:
-    execute(database_url, "ALTER TABLE users RENAME TO elsewhere")
-    try:
+    with broken_table(database_url):
         failed = service.signup(json=USER)
-    finally:
-        execute(database_url, "ALTER TABLE elsewhere RENAME TO users")
     responses = [failed, service.signup(data=b" " * 16385), service.signup("PATCH")]
     assert [response.status_code for response in responses] == [500, 413, 405]
     for response in responses:

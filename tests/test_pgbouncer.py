@@ -12,11 +12,9 @@ from testbed import wait_until
 from testbed.database import Postgres, count_users, execute, locked_table, stored_emails
 from testbed.load import Signups
 from testbed.pgbouncer import POOL, PgBouncer
-from testbed.service import Service
+from testbed.service import USER, Service, user
 
 pytestmark = pytest.mark.needs("pgbouncer")
-
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 
 
 @pytest.fixture
@@ -33,13 +31,6 @@ def pgbouncer(postgres: Postgres, direct: str) -> Iterator[PgBouncer]:
         yield pgbouncer
 
 
-def sessions(postgres: Postgres, direct: str) -> int:
-    """PostgreSQL's connections to the database of `direct`."""
-    name = urlsplit(direct).path[1:]
-    sql = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'"
-    return int(execute(postgres.url, sql)[0][0])
-
-
 def test_many_connections_share_few(postgres: Postgres, pgbouncer: PgBouncer, direct: str) -> None:
     env: dict[str, Any] = {
         "DATABASE_URL": pgbouncer.url,
@@ -50,7 +41,7 @@ def test_many_connections_share_few(postgres: Postgres, pgbouncer: PgBouncer, di
         services = (first, second)
         with Signups(first, 16) as load, Signups(second, 16, name="other") as other:
             wait_until(lambda: first.answers.total() + second.answers.total() > 1500)
-            assert 0 < sessions(postgres, direct) <= POOL
+            assert 0 < len(postgres.connections(direct)) <= POOL
         assert not load.unanswered + other.unanswered
         opened = (s.metrics().get_value("database_connections", state="open") for s in services)
         assert sum(opened) > POOL
@@ -77,10 +68,10 @@ def test_statements_wait_for_a_connection(pgbouncer: PgBouncer, direct: str) -> 
         ThreadPoolExecutor(POOL * 2) as executor,
     ):
         with locked_table(direct):
-            users = [USER | {"email": f"{n}@example.com"} for n in range(POOL * 2)]
+            users = [user(f"{n}") for n in range(POOL * 2)]
             answers = [executor.submit(service.signup, json=user) for user in users]
             # Half of them wait in PostgreSQL for the lock, the others in PgBouncer.
-            wait_until(lambda: service.metrics().get_value("signup_requests_in_flight") == POOL * 2)
+            service.wait_for(signup_requests_in_flight=POOL * 2)
         assert {answer.result().status_code for answer in answers} <= {201, 500}
         service.check_equalities(count_users(direct))
 

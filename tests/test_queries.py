@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from testbed import ROOT
+from testbed.service import Samples
 from testbed.watched import (
     ALL,
     CODES,
@@ -21,7 +22,6 @@ from testbed.watched import (
     TODAY,
     WAITING,
     Watched,
-    average,
     quantile,
 )
 
@@ -34,6 +34,11 @@ IN_RUNBOOK = [
     *re.findall(r"```promql\n(.*?)```", RUNBOOK, re.DOTALL),
     *re.findall(r"`((?:sum|sort_desc|topk|histogram_quantile|job:|up|process_).*?)`", RUNBOOK),
 ]
+
+
+def average(samples: Samples, name: str) -> float:
+    """The mean of a histogram."""
+    return samples.total(f"{name}_sum") / samples.total(f"{name}_count")
 
 
 @cache

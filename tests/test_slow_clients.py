@@ -10,10 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from testbed.service import Service
+from testbed.service import Service, user
 
-USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-BODY = json.dumps(USER | {"email": "slow@example.com"}).encode()
+BODY = json.dumps(user("slow")).encode()
 HEAD = b"POST /signup HTTP/1.1\r\nHost: x\r\n"
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)

@@ -10,14 +10,14 @@ import regex  # type: ignore[import-untyped]
 from email_validator import EmailNotValidError, validate_email
 
 from signup.validation import InvalidBody, InvalidField, Signup, fold_email, parse_signup
+from testbed.service import USER
 
-GOOD = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 UNICODE = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
 BLANK = "\u2800\U0001d159\U00016fe4\U00013441\U00013442"  # their glyphs, by their names
 
 
 def body(**changes: object) -> bytes:
-    return json.dumps(GOOD | changes).encode()
+    return json.dumps(USER | changes).encode()
 
 
 def test_fields_are_trimmed_and_unknown_ones_ignored() -> None:
@@ -49,7 +49,7 @@ def test_fields_are_trimmed_and_unknown_ones_ignored() -> None:
 )
 def test_names_of_all_sorts(name: str) -> None:
     assert parse_signup(body(first_name=name)).first_name == name
-    as_utf8 = json.dumps(GOOD | {"last_name": name}, ensure_ascii=False).encode()
+    as_utf8 = json.dumps(USER | {"last_name": name}, ensure_ascii=False).encode()
     assert parse_signup(as_utf8).last_name == name
 
 
@@ -96,8 +96,8 @@ def test_emails_of_all_sorts(email: str) -> None:
         b'{"email": }',
         b"{'email': 'a@example.com'}",
         b"\xff\xfe",
-        json.dumps(GOOD).encode("utf-16"),
-        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        json.dumps(USER).encode("utf-16"),
+        b"\xef\xbb\xbf" + json.dumps(USER).encode(),
         body() + b"x",
         body(email=5),
         body(first_name=None),
@@ -151,9 +151,9 @@ def test_the_first_field_that_breaks_a_rule(
     assert caught.value.args[1].startswith(message)
 
 
-@pytest.mark.parametrize("field", GOOD)
+@pytest.mark.parametrize("field", USER)
 def test_a_missing_field(field: str) -> None:
-    given = {name: value for name, value in GOOD.items() if name != field}
+    given = {name: value for name, value in USER.items() if name != field}
     with pytest.raises(InvalidField) as caught:
         parse_signup(json.dumps(given).encode())
     assert caught.value.args == (field, f"{field.replace('_', ' ')} is required")
