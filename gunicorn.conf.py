@@ -46,17 +46,11 @@ access_log_format = (
 proc_name = "signup"
 
 
-def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None:
-    """The first hook that sees all settings: check them, before the first line in the log."""
-    if old_value is not None:
-        return
+def on_starting(server: Any) -> None:
+    """Before the first worker: settings that fit, a database with its schema, and a folder."""
     if server.cfg.preload_app:
         sys.exit("preload_app is not supported: each worker makes its own metrics and connections")
-    server.config = Config.from_env(os.environ | server.cfg.env, workers=new_value)
-
-
-def on_starting(server: Any) -> None:
-    """Before the first worker: a database with its schema, and a metrics folder."""
+    server.config = Config.from_env(os.environ | server.cfg.env, workers=server.cfg.workers)
     for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn sets its own handlers
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -96,12 +90,6 @@ def post_fork(server: Any, worker: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
     os.setpgid(0, 0)  # Ctrl-C reaches the master alone, which ends its workers
     os.environ["SIGNUP_SLOT"] = json.dumps(worker.slot)  # for create_app
-
-
-def post_worker_init(worker: Any) -> None:
-    """In the worker, once it has loaded the application."""
-    # gunicorn computes a setting at each look, and takes some thirty looks a request.
-    vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
 
 
 def worker_exit(server: Any, worker: Any) -> None:

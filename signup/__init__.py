@@ -14,8 +14,7 @@ from .slots import Slot
 def create_app(config: Config | None = None) -> Flask:
     """The WSGI application, configured from the environment unless a `config` is given.
 
-    Raises ConfigError for a wrong or missing variable, and RuntimeError in a gunicorn worker
-    that gunicorn.conf.py has not set up: it would count for itself alone.
+    Raises ConfigError, and RuntimeError in a gunicorn worker that would count for itself alone.
     """
     config = config or Config.from_env(workers=1)
     given = os.environ.get("SIGNUP_SLOT")  # by gunicorn.conf.py

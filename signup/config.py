@@ -77,7 +77,7 @@ def _mistake_in_url(url: str) -> str | None:
     if authority.count("@") > 1 or "@" in path or re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})", rest):
         return "percent-encode @ / # % quotes and blanks in its user, password and database"
     try:
-        parse_dsn(url)
-    except ProgrammingError:
+        float(parse_dsn(url).get("connect_timeout", 0))
+    except (ProgrammingError, ValueError):
         scheme = ""
     return None if scheme in ("postgresql", "postgres") else f"it must look like {URL}"

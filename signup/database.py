@@ -3,29 +3,29 @@
 import logging
 from contextlib import closing
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import psycopg2
+from psycopg2.errors import ReadOnlySqlTransaction
 from psycopg2.extras import execute_values
 
 from .config import Config, ConfigError
-from .connection import Connection, connect
+from .connection import connect
 from .metrics import Metrics
 from .pool import Pool
 from .validation import Signup, fold_email
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-START_TIMEOUT = 15.0  # seconds that a start waits for the database
+START_TIMEOUT = 10.0  # seconds for a connection at the start
 READY_TIMEOUT = 1.0  # seconds for each step of a readiness check; there are two
-# The server ends a statement at DATABASE_STATEMENT_TIMEOUT and says so; the client gives up
-# this many seconds later, which only a server that is paused or cut off makes it do.
-GRACE = 1.0
+GRACE = 1.0  # seconds after DATABASE_STATEMENT_TIMEOUT for the server to say so
 
 INSERT = """
 INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
 ON CONFLICT DO NOTHING RETURNING id, created_at
 """
+UNFOLDED = "SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY id DESC"
 FOLD = """
 UPDATE users SET email_folded = folded.email FROM (VALUES %s) AS folded (email, id)
 WHERE users.id = folded.id
@@ -33,10 +33,6 @@ WHERE users.id = folded.id
 """
 
 log = logging.getLogger(__name__)
-
-
-class DuplicateEmail(Exception):
-    """The email is registered already, in this or another letter case."""
 
 
 class Database:
@@ -47,11 +43,10 @@ class Database:
         self._reported: dict[str, float] = {}  # when a cause was logged last
         self._pool = Pool(config, connections, metrics)
 
-    def insert_user(self, signup: Signup) -> dict[str, Any]:
-        """Store `signup` durably; the row as JSON values, times in RFC 3339, UTC.
+    def insert_user(self, signup: Signup) -> dict[str, Any] | None:
+        """Store `signup`; the row as JSON values, with times in RFC 3339, or None if there is one.
 
-        Never repeated by itself: when the connection is lost after sending, nobody knows whether
-        the row was committed. Raises DuplicateEmail, PoolTimeout or psycopg2.Error.
+        Never repeated: what a lost connection was asked may be committed. Raises psycopg2.Error.
         """
         values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
         timeout = self._config.database_pool_timeout
@@ -60,15 +55,17 @@ class Database:
             with self._metrics.insert_duration.time():
                 cursor.execute(INSERT, values)
             if not (row := cursor.fetchone()):
-                raise DuplicateEmail
+                return None
         created = f"{row[1]:%Y-%m-%dT%H:%M:%S.%fZ}"  # connections have UTC as their time zone
         return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:
-        """Return if the database answers within 2 seconds; raise PoolTimeout or psycopg2.Error."""
+        """Raise psycopg2.Error unless a primary answers within 2 seconds."""
         with self._pool.connection(READY_TIMEOUT) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + READY_TIMEOUT
-            cursor.execute("SELECT 1")
+            cursor.execute("SHOW transaction_read_only")
+            if cursor.fetchone() != ("off",):  # "on" on a standby as well
+                raise ReadOnlySqlTransaction("the database is read-only")
 
     def report(self, error: Exception) -> None:
         """Log a fault of the database with its cause, at most once a second for each cause."""
@@ -79,30 +76,22 @@ class Database:
 
 
 def create_schema(config: Config) -> None:
-    """Create the table where it is missing; wait START_TIMEOUT seconds, or raise ConfigError."""
-    give_up = monotonic() + START_TIMEOUT
-    while True:
-        try:
-            with closing(connect(config, monotonic() + READY_TIMEOUT)) as connection:
-                return _create_schema(connection)
-        except psycopg2.Error as error:
-            cause = describe(error)
-            if not isinstance(error, psycopg2.OperationalError) or monotonic() > give_up:
-                raise ConfigError(f"the database can't be used: {cause}") from error
-            log.warning("waiting for the database: %s", cause)
-            sleep(1)
-
-
-def _create_schema(connection: Connection) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SHOW server_encoding")
-        if cursor.fetchone() != ("UTF8",):
-            raise ConfigError("the database can't be used: its encoding is not UTF8")
-        connection.deadline = monotonic() + 600  # a large table of an older version takes a while
-        cursor.execute(SCHEMA.read_text())
-        cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY id DESC")
-        folded = {fold_email(email): number for email, number in cursor}
-        execute_values(cursor, FOLD, list(folded.items()), page_size=1000)
+    """Create the table where it is missing, or raise ConfigError."""
+    try:
+        with (
+            closing(connect(config, monotonic() + START_TIMEOUT)) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute("SHOW server_encoding")
+            if cursor.fetchone() != ("UTF8",):
+                raise ConfigError("the database can't be used: its encoding is not UTF8")
+            connection.deadline = monotonic() + 600  # a large table of an older version
+            cursor.execute(SCHEMA.read_text())
+            cursor.execute(UNFOLDED)
+            folded = {fold_email(email): number for email, number in cursor}
+            execute_values(cursor, FOLD, list(folded.items()), page_size=1000)
+    except psycopg2.Error as error:
+        raise ConfigError(f"the database can't be used: {describe(error)}") from error
 
 
 def describe(error: Exception) -> str:

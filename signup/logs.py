@@ -1,7 +1,6 @@
 """Logs: JSON lines, where gunicorn's settings errorlog and accesslog say.
 
-None has a request's body, query string, address or headers, nor any path but the service's own:
-a client may write anything there.
+None has a request's body, query string, address, headers or unknown path: anything may be there.
 """
 
 import logging

@@ -70,9 +70,8 @@ class ProcessCollector(Collector):
     """What the library's multiprocess mode lacks: the processes of the whole service."""
 
     def collect(self) -> Iterable[Metric]:
-        """Raises RuntimeError when workers end faster than they can be counted."""
         master = psutil.Process(os.getppid())
-        for _ in range(100):
+        while True:
             # A worker's CPU time goes over to its master when it is reaped: counted in neither or
             # in both, it would make the total jump. So all is read again if one was meanwhile.
             own = master.cpu_times()[:4]  # user, system, and those of reaped children
@@ -84,8 +83,6 @@ class ProcessCollector(Collector):
                 if not reaping and master.cpu_times()[2:4] == own[2:]:
                     break
             time.sleep(0.0005)
-        else:
-            raise RuntimeError("workers end faster than they can be counted")
         memory = descriptors = 0
         for process in (master, *children):
             with suppress(psutil.Error):  # it has ended since, or is another user's (--user)
@@ -141,9 +138,8 @@ def init_app(app: Flask, metrics: Metrics) -> None:
 def _encoder(accept: MIMEAccept) -> tuple[Callable[[CollectorRegistry], bytes], str]:
     """The format that the scraper likes best: the library's chooser knows no qualities."""
     for value, quality in sorted(accept, key=lambda item: -item[1]):
-        wanted = value.lower()
         with suppress(TypeError):  # of the chooser, for `version=x`
-            encode, content_type = choose_encoder(wanted)
-            if quality and wanted.partition(";")[0] in (content_type.partition(";")[0], "*/*"):
-                return encode, content_type
+            chosen, wanted = choose_encoder(value.lower()), value.lower().partition(";")[0]
+            if quality and wanted in (chosen[1].partition(";")[0], "*/*"):
+                return chosen
     return choose_encoder("")

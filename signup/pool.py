@@ -1,51 +1,46 @@
-"""The connections of one worker: psycopg2's pool, with what it lacks.
+"""The connections of one worker: psycopg2's pool, which waits, and lends live ones only.
 
-`ThreadedConnectionPool` raises when it is exhausted (psycopg2 issue 1220), connects while it holds
-its lock, closes what comes back beyond minconn, and lends connections that the server has closed.
+By itself it raises when it is exhausted (psycopg2 issue 1220), connects while it holds its lock,
+closes what comes back beyond minconn, and lends connections that the server has closed.
 """
 
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from time import monotonic, perf_counter
 
 import psycopg2
-from psycopg2.pool import ThreadedConnectionPool
+from psycopg2.errors import ReadOnlySqlTransaction
+from psycopg2.pool import PoolError, ThreadedConnectionPool
 
 from .config import Config
 from .connection import Connection, connect
 from .metrics import Metrics
 
-
-class PoolTimeout(Exception):
-    """No connection came free in time."""
+PING_AFTER, PING_TIMEOUT = 5.0, 1.0  # seconds: what was idle for longer has to answer so soon
 
 
 class Pool(ThreadedConnectionPool):
     """At most `size` connections, opened when they are needed and then kept."""
 
-    # psycopg2's own, which its type stubs leave out.
-    _lock: threading.Lock
+    _lock: threading.Lock  # this and the next are psycopg2's: its type stubs leave them out
     _pool: list[Connection]  # the idle ones
     _used: dict[int, Connection]  # by a key,
     _rused: dict[int, int]  # and the key by the connection's id
 
     def __init__(self, config: Config, size: int, metrics: Metrics) -> None:
         super().__init__(0, size)
-        self.minconn = size  # what comes back beyond minconn is closed
+        self.minconn = size  # keeps what comes back
         self._config, self._metrics = config, metrics
-        # A request that has its turn finds an idle connection, or may open one.
-        self._free = size  # turns
+        self._free = size  # turns: who has one finds an idle connection, or may open one
         self._waiting: deque[threading.Event] = deque()  # in order of arrival
+        self._trusted = 0.0  # what was opened before is dropped
         threading.Thread(target=self._sample, daemon=True).start()
 
     @contextmanager
     def connection(self, timeout: float) -> Iterator[Connection]:
-        """Lend a live connection for a `with` block; wait at most `timeout` seconds for it.
-
-        Raises PoolTimeout, or psycopg2.Error when a connection can't be opened.
-        """
+        """Lend a live one within `timeout` seconds, or raise PoolError, or what connect raises."""
         started, deadline = perf_counter(), monotonic() + timeout
         try:
             self._wait_for_turn(deadline)
@@ -54,8 +49,12 @@ class Pool(ThreadedConnectionPool):
             self._metrics.pool_wait.observe(perf_counter() - started)
         try:
             yield connection
+        except psycopg2.Error as error:
+            if connection.closed or isinstance(error, ReadOnlySqlTransaction):
+                self._drop(connection.used)
+            raise
         finally:
-            self.putconn(connection)  # drops one that is closed
+            self.putconn(connection, close=connection.opened < self._trusted)
             self._end_turn()
 
     def _wait_for_turn(self, deadline: float) -> None:
@@ -70,7 +69,7 @@ class Pool(ThreadedConnectionPool):
                 if not turn.is_set():  # nor since
                     self._waiting.remove(turn)
                     self._metrics.pool_timeouts.inc()
-                    raise PoolTimeout("no connection came free in time")
+                    raise PoolError("no connection came free in time")
 
     def _end_turn(self) -> None:
         with self._lock:
@@ -81,23 +80,42 @@ class Pool(ThreadedConnectionPool):
 
     def _take(self, deadline: float) -> Connection:
         try:
-            connection = self._idle() or connect(self._config, deadline)
+            connection = self._idle(deadline) or connect(self._config, deadline)
         except BaseException:
             self._end_turn()
             raise
+        connection.used = monotonic()
         with self._lock:
             key = self._rused[id(connection)] = id(connection)
             self._used[key] = connection
         return connection
 
-    def _idle(self) -> Connection | None:
+    def _idle(self, deadline: float) -> Connection | None:
         while self._pool:
-            with suppress(IndexError, psycopg2.Error):  # somebody took it, or the server ended it
-                connection = self._pool.pop()
+            now = monotonic()
+            try:
+                with self._lock:
+                    connection = self._pool.pop()
                 connection.poll()  # finds the server's last words,
                 connection.poll()  # and this one the end
+                if now > connection.used + PING_AFTER:
+                    connection.deadline = min(now + PING_TIMEOUT, (now + deadline) / 2)
+                    with connection.cursor() as cursor:
+                        cursor.execute("SELECT 1")
                 return connection
+            except IndexError:  # somebody took it
+                continue
+            except psycopg2.Error:
+                self._drop(now)
         return None
+
+    def _drop(self, moment: float) -> None:
+        """Close what was opened before `moment`: idle connections now, the others when returned."""
+        with self._lock:
+            self._trusted = max(self._trusted, moment)
+            for idle in [each for each in self._pool if each.opened < moment]:
+                self._pool.remove(idle)
+                idle.close()
 
     def _sample(self) -> None:
         pause = threading.Event()

@@ -11,9 +11,8 @@ from email_validator import EmailNotValidError, validate_email
 MAX_LENGTHS = {"email": 254, "first_name": 100, "last_name": 100}  # characters; RFC 5321, 4.5.3.1.3
 # Letters, digits and the usual punctuation, with which an email is as valid as its domain.
 PLAIN_LOCAL_PART = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
-# Control characters, lone surrogates, line and paragraph separators, and invisible format
-# characters such as U+202E, which lets a name be shown as another one. The two joiners are
-# format characters as well, but Persian and Indic names are spelt with them.
+# Control characters, lone surrogates, separators of lines and paragraphs, and format characters,
+# with which a name is shown as another one (U+202E); Persian and Indic names need two of them.
 FORBIDDEN_CATEGORIES = {"Cc", "Cs", "Cf", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"
 # White space, Unicode's Default_Ignorable_Code_Point (version 17, UAX #44), and the characters
@@ -43,9 +42,8 @@ class Signup(NamedTuple):
 
 
 def parse_signup(body: bytes) -> Signup:
-    """The signup in a request's body, which is JSON in UTF-8 (RFC 8259).
+    """The signup in a request's body, which is JSON in UTF-8 (RFC 8259), unknown fields aside.
 
-    Unknown fields are ignored; a field that is null counts as one of a wrong type.
     Raises InvalidBody, or InvalidField for the first bad one of email, first_name, last_name.
     """
     try:
@@ -61,10 +59,7 @@ def parse_signup(body: bytes) -> Signup:
 
 
 def fold_email(email: str) -> str:
-    """What all spellings of `email` in other letter cases have in common (Unicode, D145).
-
-    Not made by PostgreSQL, whose lower() depends on the database's locale.
-    """
+    """The same for every letter case (Unicode, D145). PostgreSQL's lower() depends on a locale."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", email).casefold())
 
 

@@ -8,23 +8,27 @@ from typing import Any
 import psycopg2
 from flask import Flask, Response, g, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from psycopg2.pool import PoolError
+from werkzeug import exceptions
 
-from .database import Database, DuplicateEmail
-from .pool import PoolTimeout
+from .database import Database
 from .validation import InvalidBody, InvalidField, parse_signup
 
 # The status, the error_type of the metrics, and what the client is told.
 ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     InvalidBody: (400, "invalid_json", "invalid request body"),
-    HTTPException: (400, "invalid_json", "invalid request body"),  # all others of werkzeug
-    RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
+    exceptions.HTTPException: (
+        400,
+        "invalid_json",
+        "invalid request body",
+    ),  # all others of werkzeug
+    exceptions.RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
     InvalidField: (400, "validation", ""),  # it brings its own message
-    DuplicateEmail: (409, "duplicate_email", "email already exists"),
-    MethodNotAllowed: (405, "invalid_method", "method not allowed"),
-    NotFound: (404, "", "not found"),
+    exceptions.Conflict: (409, "duplicate_email", "email already exists"),
+    exceptions.MethodNotAllowed: (405, "invalid_method", "method not allowed"),
+    exceptions.NotFound: (404, "", "not found"),
     psycopg2.Error: (500, "database", "failed to create user"),
-    PoolTimeout: (503, "database", "service is busy, retry later"),
+    PoolError: (503, "database", "service is busy, retry later"),
     Exception: (500, "internal", "internal server error"),
 }
 OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
@@ -38,12 +42,14 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     def take_paths_as_they_are() -> None:
         # werkzeug puts a slash in front of a path, or takes several for one.
         if request.environ["PATH_INFO"] != request.path:
-            raise NotFound
+            raise exceptions.NotFound
 
     # Flask would answer OPTIONS by itself; the contract says 405.
     @app.post("/signup", provide_automatic_options=False)
     def signup() -> Response:
         user = database.insert_user(parse_signup(_body(max_body_bytes)))
+        if not user:
+            raise exceptions.Conflict
         return _json({"message": "user created successfully", "user": user}, 201)
 
     @app.get("/")
@@ -62,7 +68,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     def readyz() -> Response:
         try:
             database.check()
-        except (psycopg2.Error, PoolTimeout) as error:
+        except psycopg2.Error as error:
             database.report(error)
             return _json({"status": "database unavailable"}, 503)
         return _json({"status": "ok"})
@@ -73,9 +79,9 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         if isinstance(error, InvalidField):
             g.field, what = error.args
             response = _json({"error": what, "field": g.field}, status)
-        elif isinstance(error, MethodNotAllowed):
+        elif isinstance(error, exceptions.MethodNotAllowed):
             response.headers["Allow"] = ", ".join(error.valid_methods or ())
-        elif isinstance(error, PoolTimeout):
+        elif isinstance(error, PoolError):
             response.headers["Retry-After"] = "1"
         if error_type == "database":
             database.report(error)
@@ -92,13 +98,13 @@ def _body(limit: int) -> bytes:
     # when the end of one is missing; the beginning may be JSON as well.
     length = int(request.environ.get("CONTENT_LENGTH") or 0)  # chunks announce none
     if length > limit:
-        raise RequestEntityTooLarge
+        raise exceptions.RequestEntityTooLarge
     try:
         body: bytes = request.environ["wsgi.input"].read(length or limit + 1)
     except (OSError, ParseException) as error:  # chunks that break the rules
         raise InvalidBody from error
     if len(body) > limit:
-        raise RequestEntityTooLarge
+        raise exceptions.RequestEntityTooLarge
     if len(body) < length:
         raise InvalidBody
     return body

@@ -114,8 +114,7 @@ def test_gunicorn_refuses_with_the_line_alone() -> None:
 
 
 def test_a_start_without_a_database_names_make_run() -> None:
-    done = refused_start()
-    (line,) = done.stderr.splitlines()
+    line = refusal(refused_start())
     assert "make run" in line
     assert "DATABASE_URL" in line
 
