@@ -17,6 +17,7 @@ PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "promtool": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
     "amtool": "prometheus-alertmanager",
+    "prometheus-blackbox-exporter": "prometheus-blackbox-exporter",
     "nginx": "nginx",
     "pgbouncer": "pgbouncer",
     "wrk": "wrk",
@@ -27,8 +28,9 @@ PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"  # servers; a user's ow
 
 
 def program(name: str) -> str | None:
-    """Where the program is that Debian calls `name`."""
-    return shutil.which(name, path=PATH) or shutil.which(name.removeprefix("prometheus-"))
+    """Where the program is that Debian calls `name`; others leave `prometheus-` out."""
+    others = name.removeprefix("prometheus-").replace("-", "_")
+    return shutil.which(name, path=PATH) or shutil.which(others)
 
 
 def missing(*names: str) -> str:
