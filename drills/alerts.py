@@ -1,8 +1,10 @@
 """`make alert-drill`: causes what alerts are for, and waits for each, and for its end.
 
-A real service under steady traffic, a real Prometheus with a copy of the rules, and a real
-Alertmanager. Thresholds are those of the rules; the times are short, as WAITS says. One alert is
-not caused, SignupSlowScrape: here, Prometheus gives up a scrape before it counts as slow.
+A real service under steady traffic behind a real nginx, a real prober, a real Prometheus with a
+copy of the rules, and a real Alertmanager. Thresholds are those of the rules; the times are short,
+as WAITS says. Not caused are SignupSlowScrape (here, Prometheus gives up a scrape before it counts
+as slow), SignupRequestsInFlightHigh (it takes 800 clients a worker), and those of the monitoring's
+own alerts that need a broken disk, network or receiver.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ from testbed import wait_until
 from testbed.database import Postgres, locked_table
 from testbed.faults import locked, stopped
 from testbed.load import Background
-from testbed.monitoring import Alertmanager, Prometheus
+from testbed.monitoring import Alertmanager, BlackboxExporter, Prometheus
+from testbed.nginx import Nginx
+from testbed.programs import free_port
 from testbed.service import Service
 
 # Windows, offsets and waits of the rules, and how long they are here.
@@ -35,7 +39,9 @@ WAITS = {
     "15m": "10s",
     "30m": "10s",
     "1h": "12s",
+    "3h": "6s",
     "6h": "20s",
+    "24h": "20s",
     "3d": "30s",
     "30d": "60s",
 }
@@ -59,7 +65,8 @@ class Report:
 
 def shorten(rules: str) -> str:
     """The text of a file of rules with other times."""
-    durations = r"(\[|offset |for: |interval: )(\d+[smhd])\b"
+    rules = re.sub(r"keep_firing_for: \w+", "keep_firing_for: 2s", rules)
+    durations = r"(\[|offset | for: |interval: )(\d+[smhd])\b"
     return re.sub(durations, lambda found: found[1] + WAITS[found[2]], rules)
 
 
@@ -148,7 +155,7 @@ class Restarter(Background):
 
 
 class Deployment:
-    """Two replicas of the service, with 4 workers and with one, and what watches them."""
+    """Two replicas of the service, with 4 workers and with one, a proxy, and what watches them."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -156,7 +163,11 @@ class Deployment:
             self._url = self._postgres.new_database()
             self.admin_url = self._postgres.admin_url(self._url)
             self.alertmanager = stack.enter_context(Alertmanager())
-            self.prometheus = stack.enter_context(Prometheus(INTERVAL, shorten, self.alertmanager))
+            prober = stack.enter_context(BlackboxExporter())
+            self.prometheus = stack.enter_context(
+                Prometheus(INTERVAL, shorten, self.alertmanager, prober)
+            )
+            self.prometheus.set_targets("prometheus", self.prometheus.url)
             self._services = stack.enter_context(ExitStack())
             self._replicas: list[Service] = []
             self._start()
@@ -176,6 +187,8 @@ class Deployment:
             self._services.enter_context(self.replica(workers)) for workers in ("4", "1")
         ]
         self.scrape()
+        self._proxy = self._services.enter_context(Nginx(*self._replicas))
+        self.prometheus.set_front_door(self._proxy.url)
 
     def replica(self, workers: str, port: int = 0) -> Service:
         """A replica that is not started yet."""
@@ -220,6 +233,7 @@ class Deployment:
                     "SignupDatabaseConnectionsHigh",
                     "SignupDatabaseConnectionsElevated",
                     "SignupDatabasePoolTimeouts",
+                    "SignupPoolWaitHigh",
                 ],
             ),
             "table locked for 2 s at a time": (
@@ -243,9 +257,24 @@ class Deployment:
                 lambda: self._scraped(self.prometheus.url),
                 ["SignupMetricsMissing"],
             ),
-            "no more traffic": (lambda: traffic.changed(rate=0), ["SignupTrafficDrop"]),
-            "a replica stopped": (lambda: self._down(1), ["SignupInstanceDown"]),
-            "service stopped": (lambda: self._down(0, 1), ["SignupServiceDown"]),
+            "no more traffic": (
+                lambda: traffic.changed(rate=0),
+                ["SignupTrafficDrop", "SignupNoSignups"],
+            ),
+            "a replica stopped": (
+                lambda: self._down(1),
+                ["SignupInstanceDown", "SignupReplicasMissing"],
+            ),
+            "proxy stopped": (self._no_proxy, ["SignupUnreachable"]),
+            "service stopped": (
+                lambda: self._down(0, 1),
+                ["SignupServiceDown", "SignupUnreachable"],
+            ),
+            "cAdvisor stopped": (self._no_cadvisor, ["PrometheusTargetMissing"]),
+            "a wrong prometheus.yml": (
+                self._wrong_configuration,
+                ["PrometheusConfigurationReloadFailure"],
+            ),
         }
 
     @contextlib.contextmanager
@@ -265,6 +294,29 @@ class Deployment:
             self._replicas[replica].stop()
         yield
         self._start()
+
+    @contextlib.contextmanager
+    def _no_proxy(self) -> Iterator[None]:
+        self._proxy.stop()
+        yield
+        self._proxy.start()
+        self.prometheus.set_front_door(self._proxy.url)
+
+    @contextlib.contextmanager
+    def _no_cadvisor(self) -> Iterator[None]:
+        self.prometheus.set_targets("cadvisor", f"http://127.0.0.1:{free_port()}")
+        yield
+        self.prometheus.set_targets("cadvisor")
+
+    @contextlib.contextmanager
+    def _wrong_configuration(self) -> Iterator[None]:
+        file = self.prometheus.folder / "prometheus.yml"
+        right = file.read_text()
+        file.write_text("wrong")
+        self.prometheus.reload()
+        yield
+        file.write_text(right)
+        self.prometheus.reload()
 
     def run(self, cause: str, alerts: list[str]) -> list[Report]:
         """Cause it until these alerts are in Alertmanager, and wait for their end."""
@@ -292,12 +344,12 @@ class Deployment:
 
 def main() -> None:
     """Print a row for each alert."""
-    print(f"{'alert':34}{'caused how':40}{'fired after':>11}{'resolved after':>16}")
+    print(f"{'alert':38}{'caused how':38}{'fired after':>11}{'resolved after':>16}")
     with Deployment() as deployment:
         for cause, (_, alerts) in deployment.causes().items():
             for report in deployment.run(cause, alerts):
                 print(
-                    f"{report.alert:34}{report.cause:40}{report.fired:9.1f} s"
+                    f"{report.alert:38}{report.cause:38}{report.fired:9.1f} s"
                     f"{report.resolved:14.1f} s",
                     flush=True,
                 )

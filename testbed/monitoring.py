@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,7 @@ class Prometheus(Watcher):
             f"--config.file={self._write_config()}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             "--web.listen-address=127.0.0.1:0",
+            "--rules.alert.resend-delay=1s",  # what came before Alertmanager was known is lost
         ]
 
     def _write_config(self) -> Path:
@@ -138,6 +140,10 @@ class Prometheus(Watcher):
         new = self.folder / "new"
         new.write_text(json.dumps(groups))
         new.rename(self.folder / f"{job}.json")
+
+    def reload(self) -> None:
+        """Have it read its configuration again."""
+        self.send_signal(signal.SIGHUP)
 
     def query(self, query: str, time: float | None = None) -> dict[str, float]:
         """The instant vector's values by their labels' values, joined by commas.

@@ -103,8 +103,11 @@ class Program(ABC):
         assert self._process.poll() is None, self.log()
         return self.address()
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.send_signal(number)
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:

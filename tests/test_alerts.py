@@ -18,16 +18,18 @@ PAIRS = {  # of a warning and its critical sibling
 }
 
 
-@pytest.mark.needs("prometheus", "prometheus-alertmanager")
+@pytest.mark.needs("prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter", "nginx")
 def test_causes_fire_alerts_which_end_with_them() -> None:
     """The short form of `make alert-drill`."""
     with Deployment() as deployment:
         for cause, alerts in {
             "half of the input bad": ["SignupHighErrorRate"],
             "database stopped": ["SignupHighServerErrors", "SignupDatabaseErrors"],
-            "service stopped": ["SignupServiceDown"],
+            "proxy stopped": ["SignupUnreachable"],
+            "service stopped": ["SignupServiceDown", "SignupUnreachable"],
         }.items():
             assert [report.alert for report in deployment.run(cause, alerts)] == alerts
+        wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
 
 
 @pytest.mark.needs("prometheus-alertmanager")
