@@ -23,8 +23,11 @@ def test_causes_fire_alerts_which_end_with_them() -> None:
     """The short form of `make alert-drill`."""
     with Deployment() as deployment:
         for cause, alerts in {
-            "half of the input bad": ["SignupHighErrorRate"],
-            "database stopped": ["SignupHighServerErrors", "SignupDatabaseErrors"],
+            "database stopped": [
+                "SignupHighErrorRate",
+                "SignupHighServerErrors",
+                "SignupDatabaseErrors",
+            ],
             "proxy stopped": ["SignupUnreachable"],
             "service stopped": ["SignupServiceDown", "SignupUnreachable"],
         }.items():
