@@ -324,8 +324,8 @@ class Deployment:
         wait_until(lambda: not self._present(alerts), timeout=90)
         fired: dict[str, float] = {}
         resolved: dict[str, float] = {}
+        begin = time.monotonic()
         with block():
-            begin = time.monotonic()
             while len(fired) < len(alerts):
                 for alert in wait_until(lambda: self._present(alerts) - fired.keys(), timeout=90):
                     fired[alert] = time.monotonic() - begin

@@ -1,5 +1,7 @@
 """Alerts on their way: from a real cause through Prometheus to Alertmanager, and what it mutes."""
 
+import re
+
 import pytest
 import requests
 import yaml
@@ -22,7 +24,7 @@ PAIRS = {  # of a warning and its critical sibling
 def test_causes_fire_alerts_which_end_with_them() -> None:
     """The short form of `make alert-drill`."""
     with Deployment() as deployment:
-        for cause, alerts in {
+        for cause, caused in {
             "database stopped": [
                 "SignupHighErrorRate",
                 "SignupHighServerErrors",
@@ -31,8 +33,18 @@ def test_causes_fire_alerts_which_end_with_them() -> None:
             "proxy stopped": ["SignupUnreachable"],
             "service stopped": ["SignupServiceDown", "SignupUnreachable"],
         }.items():
-            assert [report.alert for report in deployment.run(cause, alerts)] == alerts
+            assert [report.alert for report in deployment.run(cause, caused)] == caused
         wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
+        prometheus, alertmanager = deployment.prometheus, deployment.alertmanager
+        # Names that neither has would make alerts that never fire.
+        pages = [requests.get(f"{each.url}/metrics").text for each in (prometheus, alertmanager)]
+        rules = (ROOT / "prometheus/rules/monitoring.yml").read_text()
+        for name in re.findall(r"\b(?:prometheus|alertmanager)_\w+", rules):
+            assert any(f"\n{name}" in page for page in pages), name
+        alertmanager.stop()
+        alerts = "PrometheusNotConnectedToAlertmanager|PrometheusNotificationsDropped"
+        firing = f'group by (alertname) (ALERTS{{alertname=~"{alerts}", alertstate="firing"}})'
+        wait_until(lambda: prometheus.query(firing).keys() == {*alerts.split("|")}, timeout=60)
 
 
 @pytest.mark.needs("prometheus-alertmanager")
