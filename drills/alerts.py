@@ -118,16 +118,16 @@ class Lock(Background):
 
 
 class Killer(Background):
-    """Kills every worker of `service` as soon as it has started."""
+    """Kills the newest worker of `service` as soon as it has started; the others are scraped."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(1)
         self._service = service
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        for pid in self._service.worker_pids():
-            if self._service.metric_files(pid):
-                os.kill(pid, signal.SIGKILL)
+        newest = self._service.worker_pids()[-1]
+        if self._service.metric_files(newest):
+            os.kill(newest, signal.SIGKILL)
         time.sleep(0.05)
 
 
@@ -251,7 +251,10 @@ class Deployment:
                 lambda: traffic.changed(rate=REQUESTS * 4),
                 ["SignupTrafficSpike"],
             ),
-            "workers killed": (lambda: Killer(self._replicas[0]), ["SignupWorkerRestartLoop"]),
+            "a worker killed again and again": (
+                lambda: Killer(self._replicas[0]),
+                ["SignupWorkerRestartLoop"],
+            ),
             "a replica restarted again and again": (lambda: Restarter(self), ["SignupRestartLoop"]),
             "another server in its place": (
                 lambda: self._scraped(self.prometheus.url),
