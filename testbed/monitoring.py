@@ -1,7 +1,8 @@
-"""Prometheus and Alertmanager, with the configuration that they have in production."""
+"""Prometheus, Alertmanager and the prober, with the configuration that they have in production."""
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,18 @@ import yaml
 from . import ROOT
 from .programs import Program
 
+STAGING = "signup-server-staging"
+
 
 class Watcher(Program):
     """A program of the Prometheus project."""
 
+    ready = "/-/ready"
+
     def address(self) -> str | None:
         found = re.search(r'msg="Listening on".* address=(\S+)', self.log())
         url = found and f"http://{found[1]}"
-        return url if url and requests.get(f"{url}/-/ready", timeout=10).ok else None
+        return url if url and requests.get(url + self.ready, timeout=10).ok else None
 
     def get(self, path: str, **parameters: Any) -> Any:
         """What the API answers, as JSON."""
@@ -49,12 +54,26 @@ class Alertmanager(Watcher):
         }
 
 
+class BlackboxExporter(Watcher):
+    """The prober with prometheus/blackbox.yml."""
+
+    ready = "/-/healthy"
+
+    def command(self) -> list[str]:
+        return [
+            "prometheus-blackbox-exporter",
+            f"--config.file={ROOT / 'prometheus/blackbox.yml'}",
+            "--web.listen-address=127.0.0.1:0",
+        ]
+
+
 class Prometheus(Watcher):
     """Prometheus with prometheus/prometheus.yml, but for its targets and the time it takes.
 
     It scrapes and evaluates each `interval`, a duration as Prometheus writes them. Without DNS,
-    the targets of each job are what `set_targets` says. `change` makes of the text of a file of
-    rules the one that is used, and `alertmanager` is where alerts go.
+    the targets of each job are what `set_targets` says, and what `prober` asks is what
+    `set_front_door` says; STAGING is a job beside production. `change` makes of the text of a file
+    of rules the one that is used, and `alertmanager` is where alerts go.
     """
 
     def __init__(
@@ -62,10 +81,12 @@ class Prometheus(Watcher):
         interval: str,
         change: Callable[[str], str],
         alertmanager: Alertmanager | None = None,
+        prober: BlackboxExporter | None = None,
     ) -> None:
         self._interval = interval
         self._change = change
         self._alertmanager = alertmanager
+        self._prober = prober
 
     def command(self) -> list[str]:
         return [
@@ -73,6 +94,7 @@ class Prometheus(Watcher):
             f"--config.file={self._write_config()}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             "--web.listen-address=127.0.0.1:0",
+            "--rules.alert.resend-delay=1s",  # what came before Alertmanager was known is lost
         ]
 
     def _write_config(self) -> Path:
@@ -87,23 +109,41 @@ class Prometheus(Watcher):
             config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [target]}]}]
         else:
             del config["alerting"]
-        config["scrape_configs"] = [
-            {
-                "job_name": job["job_name"],
-                "file_sd_configs": [{"files": [f"{job['job_name']}.json"]}],
-            }
-            for job in config["scrape_configs"]
-        ]
+        config["scrape_configs"].append({"job_name": STAGING})
+        for job in config["scrape_configs"]:
+            for kind in ("dns_sd_configs", "static_configs"):
+                job.pop(kind, None)
+            job["file_sd_configs"] = [{"files": [f"{job['job_name']}.json"]}]
         path = self.folder / "prometheus.yml"
-        path.write_text(yaml.safe_dump(config))
+        text = yaml.safe_dump(config)
+        if self._prober:
+            assert text.count("blackbox-exporter:9115") == 1
+            text = text.replace("blackbox-exporter:9115", self._prober.url.removeprefix("http://"))
+        path.write_text(text)
         return path
 
     def set_targets(self, job: str, *urls: str) -> None:
         """Scrape these from now on."""
-        targets = [url.removeprefix("http://") for url in urls]
+        self._write_targets(job, [{"targets": [url.removeprefix("http://") for url in urls]}])
+
+    def set_front_door(self, url: str) -> None:
+        """Probe this from now on, as prometheus.yml says of the proxy."""
+        config = (ROOT / "prometheus/prometheus.yml").read_text().replace("http://proxy:8080", url)
+        (job,) = (
+            job
+            for job in yaml.safe_load(config)["scrape_configs"]
+            if job["job_name"] == "signup-probe"
+        )
+        self._write_targets("signup-probe", job["static_configs"])
+
+    def _write_targets(self, job: str, groups: list[dict[str, Any]]) -> None:
         new = self.folder / "new"
-        new.write_text(json.dumps([{"targets": targets}]))
+        new.write_text(json.dumps(groups))
         new.rename(self.folder / f"{job}.json")
+
+    def reload(self) -> None:
+        """Have it read its configuration again."""
+        self.send_signal(signal.SIGHUP)
 
     def query(self, query: str, time: float | None = None) -> dict[str, float]:
         """The instant vector's values by their labels' values, joined by commas.

@@ -19,6 +19,7 @@ PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "promtool": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
     "amtool": "prometheus-alertmanager",
+    "prometheus-blackbox-exporter": "prometheus-blackbox-exporter",
     "nginx": "nginx",
     "pgbouncer": "pgbouncer",
     "wrk": "wrk",
@@ -29,8 +30,9 @@ PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"  # servers; a user's ow
 
 
 def program(name: str) -> str | None:
-    """Where the program is that Debian calls `name`."""
-    return shutil.which(name, path=PATH) or shutil.which(name.removeprefix("prometheus-"))
+    """Where the program is that Debian calls `name`; others leave `prometheus-` out."""
+    others = name.removeprefix("prometheus-").replace("-", "_")
+    return shutil.which(name, path=PATH) or shutil.which(others)
 
 
 def missing(*names: str) -> str:
@@ -108,8 +110,11 @@ class Program(ABC):
         assert self._process.poll() is None, self.log()
         return self.address()
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.send_signal(number)
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:

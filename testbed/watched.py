@@ -11,7 +11,7 @@ from time import time
 from . import wait_until
 from .database import Postgres, locked_table
 from .faults import read_only
-from .monitoring import Prometheus
+from .monitoring import STAGING, Prometheus
 from .service import Samples, Service, user
 
 # What is sent: how often with each outcome, and for what.
@@ -25,6 +25,7 @@ ERRORS = {
 FIELDS = {"email": 30, "first_name": 20, "last_name": 10}
 CODES = {"201": 200, "400": 75, "405": 10, "409": 25, "413": 0, "500": 20, "503": 0}
 ALL = sum(CODES.values())
+SIGNUPS = ALL - CODES["405"]  # what ratios and quantiles are of
 WAITING = 5  # requests, when all of that has been sent
 # An hour before, for ten minutes: requests a second of another replica, and its containers.
 PAST = {"201": 2, "409": 0.5}
@@ -62,7 +63,8 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
     ):
         service.wait_for(signup_worker_starts_total=4)
         prometheus.set_targets("signup-server", service.url)
-        wait_until(lambda: prometheus.query("count_over_time(up[1m]) > 20"))
+        prometheus.set_targets(STAGING, service.url)  # no query may take anything from there
+        wait_until(lambda: len(prometheus.query("count_over_time(up[1m]) > 20")) == 2)
         idle = time()
         _send(service, postgres, url)
         sent = time()
@@ -71,7 +73,7 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
         with locked_table(postgres.admin_url(url)):
             for number in range(WAITING):
                 executor.submit(service.signup, json=user(f"waiting-{number}"))
-            in_use = 'sum(database_connections{state="in_use"})'
+            in_use = 'sum(database_connections{job="signup-server", state="in_use"})'
             wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
             now, samples = time(), service.metrics()
         assert now - idle < 55, "too slow for the queries that look back a minute"
@@ -106,7 +108,8 @@ def _past_samples(end: float) -> str:
     """What would have been scraped until `end`, in OpenMetrics format: PAST and the containers."""
     families = {
         "counter signup_requests": {
-            f'_total{{job="signup-server",instance="past",status_code="{code}"}}': rate
+            f'_total{{job="{job}",instance="past",status_code="{code}"}}': rate
+            for job in ("signup-server", STAGING)
             for code, rate in PAST.items()
         },
         "counter container_cpu_usage_seconds": _of_containers("_total", CPU),

@@ -1,5 +1,7 @@
 """Alerts on their way: from a real cause through Prometheus to Alertmanager, and what it mutes."""
 
+import re
+
 import pytest
 import requests
 import yaml
@@ -18,42 +20,61 @@ PAIRS = {  # of a warning and its critical sibling
 }
 
 
-@pytest.mark.needs("prometheus", "prometheus-alertmanager")
+@pytest.mark.needs("prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter", "nginx")
 def test_causes_fire_alerts_which_end_with_them() -> None:
     """The short form of `make alert-drill`."""
     with Deployment() as deployment:
-        for cause, alerts in {
-            "half of the input bad": ["SignupHighErrorRate"],
-            "database stopped": ["SignupHighServerErrors", "SignupDatabaseErrors"],
-            "service stopped": ["SignupServiceDown"],
+        for cause, caused in {
+            "database stopped": [
+                "SignupHighErrorRate",
+                "SignupHighServerErrors",
+                "SignupDatabaseErrors",
+            ],
+            "proxy stopped": ["SignupUnreachable"],
+            "service stopped": ["SignupServiceDown", "SignupUnreachable"],
         }.items():
-            assert [report.alert for report in deployment.run(cause, alerts)] == alerts
+            assert [report.alert for report in deployment.run(cause, caused)] == caused
+        wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
+        prometheus, alertmanager = deployment.prometheus, deployment.alertmanager
+        # Names that neither has would make alerts that never fire.
+        pages = [requests.get(f"{each.url}/metrics").text for each in (prometheus, alertmanager)]
+        rules = (ROOT / "prometheus/rules/monitoring.yml").read_text()
+        for name in re.findall(r"\b(?:prometheus|alertmanager)_\w+", rules):
+            assert any(f"\n{name}" in page for page in pages), name
+        alertmanager.stop()
+        alerts = "PrometheusNotConnectedToAlertmanager|PrometheusNotificationsDropped"
+        firing = f'group by (alertname) (ALERTS{{alertname=~"{alerts}", alertstate="firing"}})'
+        wait_until(lambda: prometheus.query(firing).keys() == {*alerts.split("|")}, timeout=60)
 
 
 @pytest.mark.needs("prometheus-alertmanager")
 def test_what_says_less_is_suppressed() -> None:
-    """Warnings by their critical siblings, and everything by SignupServiceDown."""
+    """Warnings by their critical siblings, and everything on a job by SignupServiceDown."""
     files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
     rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
-    severities = {rule["alert"]: rule["labels"]["severity"] for rule in rules if "alert" in rule}
+    alerts = {rule["alert"]: rule["labels"] for rule in rules if "alert" in rule}
 
-    def post(*alerts: str, job: str = "signup-server") -> None:
-        labels = {"service": "signup", "job": job}
-        body = [{"labels": labels | {"alertname": a, "severity": severities[a]}} for a in alerts]
+    def post(*names: str, **labels: str) -> None:
+        place = {"job": "signup-server", "namespace": "production"} | labels
+        body = [{"labels": place | {"alertname": name} | alerts[name]} for name in names]
         requests.post(f"{alertmanager.url}/api/v2/alerts", json=body).raise_for_status()
 
     def suppressed() -> set[str]:
-        return {name for name, state in alertmanager.alerts().items() if state == "suppressed"}
+        """Those in production."""
+        found = alertmanager.get("/api/v2/alerts", filter='namespace="production"')
+        return {a["labels"]["alertname"] for a in found if a["status"]["state"] == "suppressed"}
 
-    others = severities.keys() - {"SignupServiceDown"}
+    others = {name for name in alerts if alerts[name]["service"] == "signup"}
+    others.remove("SignupServiceDown")
     with Alertmanager() as alertmanager:
         post(*PAIRS)
+        post(*PAIRS.values(), "SignupServiceDown", namespace="staging")
         post(*PAIRS.values(), job="another")
-        assert alertmanager.alerts().keys() == {*PAIRS, *PAIRS.values()}
+        post("SignupServiceDown", job="signup-server-staging")
         assert not suppressed()
-        post(*others)
+        post(*alerts.keys() - {"SignupServiceDown"})
         wait_until(lambda: suppressed() == PAIRS.keys())
-        assert {severities[name] for name in PAIRS} == {"warning"}
-        assert {severities[name] for name in PAIRS.values()} == {"critical"}
+        assert {alerts[name]["severity"] for name in PAIRS} == {"warning"}
+        assert {alerts[name]["severity"] for name in PAIRS.values()} == {"critical"}
         post("SignupServiceDown")
         wait_until(lambda: suppressed() == others)

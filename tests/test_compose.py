@@ -24,6 +24,8 @@ PORTS = {
     "alertmanager": 9093,
     "grafana": 3000,
     "cadvisor": 8080,
+    "blackbox-exporter": 9115,
+    "proxy": 8080,
     "db": 5432,
 }
 
@@ -77,14 +79,13 @@ def test_addresses_of_other_services_exist() -> None:
     found = {
         match
         for file in files
-        for match in re.findall(r"(?:@|//|\"|server )([a-z]+):(\d+)", file.read_text())
+        for match in re.findall(r"(?:@|//|\"|server )([a-z-]+):(\d+)", file.read_text())
     } - {("localhost", "9090")}
     assert found == {(name, str(port)) for name, port in PORTS.items() if name != "grafana"}
-    assert set(SERVICES) == {*PORTS, "proxy"}
-    (name,) = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())["scrape_configs"][1][
-        "dns_sd_configs"
-    ][0]["names"]
-    assert name in SERVICES
+    assert SERVICES.keys() == PORTS.keys()
+    jobs = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    (job,) = (job for job in jobs if "dns_sd_configs" in job)
+    assert job["dns_sd_configs"][0]["names"] == ["server"]
 
 
 def test_only_what_is_to_be_seen_is_published() -> None:
@@ -105,8 +106,11 @@ def test_each_service_sees_only_what_it_needs() -> None:
             members[network].add(name)
     assert members == {
         "front": {"proxy", "server"},
+        "probe": {"proxy", "blackbox-exporter"},
         "data": {"server", "db"},
-        "monitoring": {"server", "prometheus", "alertmanager", "grafana", "cadvisor"},
+        "monitoring": {
+            *("server", "prometheus", "alertmanager", "blackbox-exporter", "grafana", "cadvisor")
+        },
     }
     # Whoever is in this network, the service believes what is forwarded.
     (config,) = COMPOSE["networks"]["front"]["ipam"]["config"]

@@ -19,7 +19,7 @@ OBJECTS: dict[str, dict[str, Any]] = {
     manifest["kind"]: manifest
     for manifest in (yaml.safe_load((FOLDER / n).read_text()) for n in KUSTOMIZATION["resources"])
 }
-CUSTOM = {"ServiceMonitor", "PrometheusRule"}  # of the Prometheus Operator
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "Probe"}  # of the Prometheus Operator
 POD = OBJECTS["Deployment"]["spec"]["template"]
 (CONTAINER,) = POD["spec"]["containers"]
 SCRAPES = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
@@ -84,8 +84,23 @@ def test_the_scrape_is_the_one_of_prometheus_yml() -> None:
     assert endpoint["interval"] == SCRAPES["global"]["scrape_interval"]
 
 
+def test_the_probe_is_the_one_of_prometheus_yml() -> None:
+    probe = OBJECTS["Probe"]["spec"]
+    (job,) = (job for job in SCRAPES["scrape_configs"] if job["job_name"] == probe["jobName"])
+    paths = {
+        config["labels"]["__param_module"]: config["targets"][0].rpartition("/")[2]
+        for config in job["static_configs"]
+    }
+    modules = yaml.safe_load((ROOT / "prometheus/blackbox.yml").read_text())["modules"]
+    assert paths.keys() == modules.keys()
+    (address,) = probe["targets"]["staticConfig"]["static"]
+    assert address.rpartition("/")[2] == paths[probe["module"]]
+    assert probe["interval"] == SCRAPES["global"]["scrape_interval"]
+
+
 def test_the_rules_are_those_of_prometheus() -> None:
-    files = sorted((ROOT / "prometheus/rules").iterdir())
+    names = ("alerts", "recording", "slo")  # kube-prometheus watches the monitoring itself
+    files = [ROOT / f"prometheus/rules/{name}.yml" for name in names]
     groups = [g for file in files for g in yaml.safe_load(file.read_text())["groups"]]
     assert OBJECTS["PrometheusRule"]["spec"] == {"groups": groups}
     assert (FOLDER / "prometheus-rule.yaml").read_text().count("{{ $value") > 10
