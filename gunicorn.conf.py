@@ -24,11 +24,10 @@ settings = Config.from_env()
 
 bind = f"0.0.0.0:{settings.port}"
 # A worker for each core, and at least 2, so that one can be replaced.
-cores = len(os.sched_getaffinity(0))
-workers = settings.web_concurrency or min(max(2, cores), settings.database_max_connections)
+workers = max(2, len(os.sched_getaffinity(0)))
+workers = settings.web_concurrency or min(workers, settings.database_max_connections)
 worker_class = "gevent"  # a greenlet for each connection; gthread and sync are exact as well
-# Seconds. Longer than the proxy keeps its idle connections (nginx/nginx.conf: 5 s), so that the
-# server never closes one just as the next request comes; a worker that ends waits for them.
+# Seconds; longer than nginx's 5, or a connection could be closed just as the next request comes.
 keepalive = 10
 # No request takes longer.
 graceful_timeout = int(settings.database_pool_timeout + settings.database_statement_timeout) + 3
@@ -48,8 +47,6 @@ proc_name = "signup"
 
 def on_starting(server: Any) -> None:
     """Before the first worker: settings that fit, a database with its schema, and a folder."""
-    if server.cfg.preload_app:
-        sys.exit("preload_app is not supported: each worker makes its own metrics and connections")
     server.config = Config.from_env(os.environ | server.cfg.env, workers=server.cfg.workers)
     for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn sets its own handlers
         signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -12,15 +12,13 @@ from .slots import Slot
 
 
 def create_app(config: Config | None = None) -> Flask:
-    """The WSGI application, configured from the environment unless a `config` is given.
-
-    Raises ConfigError, and RuntimeError in a gunicorn worker that would count for itself alone.
-    """
+    """The WSGI application. Raises ConfigError, or RuntimeError without gunicorn.conf.py."""
     config = config or Config.from_env(workers=1)
     given = os.environ.get("SIGNUP_SLOT")  # by gunicorn.conf.py
     slot = Slot(*json.loads(given)) if given else None
     if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
-        raise RuntimeError("gunicorn.conf.py was not read: start in its folder, or use --config")
+        what = "start in its folder or use --config, and without preload_app"
+        raise RuntimeError(f"gunicorn.conf.py has not set this worker up: {what}")
     connections = slot.connections if slot else config.database_max_connections
     measured = metrics.Metrics(slot, connections)
     app = Flask(__name__, static_folder=None)

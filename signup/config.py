@@ -34,10 +34,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ, workers: int = 0) -> "Config":
-        """Read every variable; one that is unset or empty has its default.
-
-        Raises ConfigError, also when so many `workers` could not work with it.
-        """
+        """Read every variable; unset or empty is its default. Raises ConfigError."""
         values: dict[str, Any] = {}
         mistakes = []
         for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -70,8 +67,7 @@ class Config:
 
 
 def _mistake_in_url(url: str) -> str | None:
-    # The message must not quote it. libpq would take what follows one of these characters in a
-    # password for a host or a database, and quote that.
+    # libpq would take a part of such a password for a host or a database, and quote that.
     scheme, _, rest = url.partition("://")
     authority, _, path = rest.partition("?")[0].partition("/")
     if authority.count("@") > 1 or "@" in path or re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})", rest):

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 import psycopg2
-from psycopg2 import OperationalError, extensions
+from psycopg2 import extensions
 
 from .config import Config
 
@@ -45,9 +45,9 @@ def connect(config: Config, deadline: float) -> Connection:
     options = f"-c timezone=UTC -c statement_timeout={timeout} {dsn.get('options', '')}"
     # PgBouncer stumbles over a space at the end of the options.
     dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
-    most = float(dsn.get("connect_timeout", 0)) or inf
     causes: list[str] = []
     addresses = sorted(_addresses(dsn, causes), key=lambda address: _failed.get(str(address), 0))
+    most = float(dsn.get("connect_timeout", 1 if len(addresses) > 1 else 0)) or inf
     for place, address in enumerate(addresses):
         part = min((deadline - monotonic()) / (len(addresses) - place), most)
         factory = partial(Connection, deadline=monotonic() + part)
@@ -59,8 +59,8 @@ def connect(config: Config, deadline: float) -> Connection:
         else:
             connection.deadline, connection.autocommit = deadline, True
             return connection
-    text, password = "; ".join(causes), dsn.get("password")
-    raise OperationalError(text.replace(password, "***") if password else text)  # for the log
+    text = "; ".join(causes).replace(dsn.get("password") or "\0", "***")  # for the log
+    raise psycopg2.OperationalError(text)
 
 
 def _addresses(dsn: dict[str, str], causes: list[str]) -> Iterator[dict[str, Any]]:
@@ -93,7 +93,7 @@ def _wait(connection: Any) -> None:
         left = max(connection.deadline - monotonic(), 0)
         # Twice: after a pause of this process, time is up before what has come is seen.
         if not (poller.poll(left * 1000) or poller.poll(10)):
-            raise OperationalError("the database did not answer in time")
+            raise psycopg2.OperationalError("the database did not answer in time")
 
 
 extensions.set_wait_callback(_wait)

@@ -17,7 +17,6 @@ from .pool import Pool
 from .validation import Signup, fold_email
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-START_TIMEOUT = 10.0  # seconds for a connection at the start
 READY_TIMEOUT = 1.0  # seconds for each step of a readiness check; there are two
 GRACE = 1.0  # seconds after DATABASE_STATEMENT_TIMEOUT for the server to say so
 
@@ -25,7 +24,6 @@ INSERT = """
 INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
 ON CONFLICT DO NOTHING RETURNING id, created_at
 """
-UNFOLDED = "SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY id DESC"
 FOLD = """
 UPDATE users SET email_folded = folded.email FROM (VALUES %s) AS folded (email, id)
 WHERE users.id = folded.id
@@ -44,10 +42,7 @@ class Database:
         self._pool = Pool(config, connections, metrics)
 
     def insert_user(self, signup: Signup) -> dict[str, Any] | None:
-        """Store `signup`; the row as JSON values, with times in RFC 3339, or None if there is one.
-
-        Never repeated: what a lost connection was asked may be committed. Raises psycopg2.Error.
-        """
+        """Store `signup`, once; the row, times in RFC 3339, or None. Raises psycopg2.Error."""
         values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
         timeout = self._config.database_pool_timeout
         with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
@@ -77,17 +72,15 @@ class Database:
 
 def create_schema(config: Config) -> None:
     """Create the table where it is missing, or raise ConfigError."""
+    deadline = monotonic() + 10  # seconds
     try:
-        with (
-            closing(connect(config, monotonic() + START_TIMEOUT)) as connection,
-            connection.cursor() as cursor,
-        ):
+        with closing(connect(config, deadline)) as connection, connection.cursor() as cursor:
             cursor.execute("SHOW server_encoding")
             if cursor.fetchone() != ("UTF8",):
                 raise ConfigError("the database can't be used: its encoding is not UTF8")
             connection.deadline = monotonic() + 600  # a large table of an older version
             cursor.execute(SCHEMA.read_text())
-            cursor.execute(UNFOLDED)
+            cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY 2 DESC")
             folded = {fold_email(email): number for email, number in cursor}
             execute_values(cursor, FOLD, list(folded.items()), page_size=1000)
     except psycopg2.Error as error:

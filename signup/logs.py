@@ -1,7 +1,4 @@
-"""Logs: JSON lines, where gunicorn's settings errorlog and accesslog say.
-
-None has a request's body, query string, address, headers or unknown path: anything may be there.
-"""
+"""Logs: JSON lines without a request's body, query, address, headers or unknown path."""
 
 import logging
 import re

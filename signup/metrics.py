@@ -1,7 +1,4 @@
-"""Metrics: the guide's golden signals, the hook pair that times /signup, and GET /metrics.
-
-Every label value is bound once, here: it stands at 0 from the first scrape, and costs no look-up.
-"""
+"""Metrics: the golden signals, the hook pair that times /signup, and GET /metrics."""
 
 import os
 import time
@@ -23,10 +20,8 @@ from werkzeug.datastructures import MIMEAccept
 from . import slots
 
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
-CLIENT_ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method")
-ERROR_TYPES = (*CLIENT_ERRORS, "database", "internal")
+ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method", "database", "internal")
 FIELDS = ("email", "first_name", "last_name")
-STATES = ("in_use", "idle", "open")
 # Seconds: the Go client's default, which the guide uses. Python's default is another one.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -41,6 +36,7 @@ class Metrics:
             MultiProcessCollector(self.registry, slot.folder)
             self.registry.register(ProcessCollector())
         own = None if slot else self.registry
+        # Each label value is bound once, here: it stands at 0 from the first scrape.
         counter = partial(Counter, registry=own)
         histogram = partial(Histogram, buckets=BUCKETS, registry=own)
         gauge = partial(Gauge, multiprocess_mode="livesum", registry=own)
@@ -50,17 +46,18 @@ class Metrics:
         requests = counter("signup_requests_total", "Answered signup requests", ["status_code"])
         self.requests = {code: requests.labels(code) for code in STATUS_CODES}
         errors = counter("signup_errors_total", "Failed signup requests, by cause", ["error_type"])
-        self.errors = {name: errors.labels(name) for name in ERROR_TYPES}
+        self.errors = {name: errors.labels(name) for name in ERRORS}
         refused = counter("signup_validation_errors_total", "Fields that were refused", ["field"])
         self.validation_errors = {field: refused.labels(field) for field in FIELDS}
-        name = "signup_duplicate_email_attempts_total"
-        self.duplicate_emails = counter(name, "Signup requests with an email that is registered")
+        self.duplicate_emails = counter("signup_duplicate_email_attempts_total", "Emails we have")
         self.in_flight = gauge("signup_requests_in_flight", "Signup requests being worked on")
         gauge("signup_workers", "Live workers").set(1)
         queries = histogram("database_query_duration_seconds", "Query time", ["operation"])
         self.insert_duration = queries.labels("insert_user")
         connections = gauge("database_connections", "Connections of the pools", ["state"])
-        self.connections = {state: connections.labels(state) for state in STATES}
+        self.connections = {
+            state: connections.labels(state) for state in ("in_use", "idle", "open")
+        }
         gauge("database_connections_max", "What live workers may open").set(max_connections)
         self.pool_wait = histogram("database_pool_wait_seconds", "Wait for a connection")
         self.pool_timeouts = counter("database_pool_timeouts_total", "Waits without success")

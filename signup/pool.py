@@ -1,14 +1,13 @@
 """The connections of one worker: psycopg2's pool, which waits, and lends live ones only.
 
-By itself it raises when it is exhausted (psycopg2 issue 1220), connects while it holds its lock,
-closes what comes back beyond minconn, and lends connections that the server has closed.
+By itself it raises when exhausted (psycopg2 issue 1220), and connects while it holds its lock.
 """
 
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import monotonic, perf_counter
+from time import monotonic
 
 import psycopg2
 from psycopg2.errors import ReadOnlySqlTransaction
@@ -41,12 +40,10 @@ class Pool(ThreadedConnectionPool):
     @contextmanager
     def connection(self, timeout: float) -> Iterator[Connection]:
         """Lend a live one within `timeout` seconds, or raise PoolError, or what connect raises."""
-        started, deadline = perf_counter(), monotonic() + timeout
-        try:
+        deadline = monotonic() + timeout
+        with self._metrics.pool_wait.time():
             self._wait_for_turn(deadline)
             connection = self._take(deadline)
-        finally:
-            self._metrics.pool_wait.observe(perf_counter() - started)
         try:
             yield connection
         except psycopg2.Error as error:
@@ -91,11 +88,12 @@ class Pool(ThreadedConnectionPool):
         return connection
 
     def _idle(self, deadline: float) -> Connection | None:
-        while self._pool:
-            now = monotonic()
+        while True:
+            with self._lock:
+                if not self._pool:
+                    return None
+                connection, now = self._pool.pop(), monotonic()
             try:
-                with self._lock:
-                    connection = self._pool.pop()
                 connection.poll()  # finds the server's last words,
                 connection.poll()  # and this one the end
                 if now > connection.used + PING_AFTER:
@@ -103,11 +101,8 @@ class Pool(ThreadedConnectionPool):
                     with connection.cursor() as cursor:
                         cursor.execute("SELECT 1")
                 return connection
-            except IndexError:  # somebody took it
-                continue
             except psycopg2.Error:
                 self._drop(now)
-        return None
 
     def _drop(self, moment: float) -> None:
         """Close what was opened before `moment`: idle connections now, the others when returned."""

@@ -1,9 +1,8 @@
 """Worker slots: prometheus_client's multiprocess mode in files that workers take over.
 
-The library keeps a set of files for each process id and never drops the dead ones: with each new
-worker the folder and the scrape grow (client_python issues 275, 367, 568). Here a worker writes
-under the lowest number that no live worker holds, and goes on from where those counters stood.
-The gunicorn master gives out the slots of reaped workers only: no two processes share a file.
+The library keeps files for each process id for good: with each new worker the folder and the scrape
+grow (client_python issues 275, 367, 568). Here a worker takes the lowest number that no live one
+holds, and its counters go on. The master gives it out once its holder is reaped: none is shared.
 """
 
 import os
@@ -36,10 +35,7 @@ class Slot(NamedTuple):
         return cls(number, max(1, budget // workers + (number < budget % workers)), folder)
 
     def prepare(self, user: int, group: int) -> bool:
-        """Make its files and the master's, owned by the workers' user; whether all were missing.
-
-        With all their pages, or writing to them could be a SIGBUS. Raises OSError.
-        """
+        """Make the files that are missing; whether all were. Raises OSError."""
         folder = Path(self.folder)
         missing = not (folder / MASTER_FILES[0]).exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +43,7 @@ class Slot(NamedTuple):
         for name in (*MASTER_FILES, *(file.format(self.number) for file in FILES)):
             if not (folder / name).exists():
                 with (folder / "new").open("wb") as new:
-                    os.posix_fallocate(new.fileno(), 0, FILE_SIZE)
+                    os.posix_fallocate(new.fileno(), 0, FILE_SIZE)  # no room later is a SIGBUS
                     os.chown(new.fileno(), user, group)
                 (folder / "new").rename(folder / name)  # whole, when a scrape finds it
         return missing

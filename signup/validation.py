@@ -42,10 +42,7 @@ class Signup(NamedTuple):
 
 
 def parse_signup(body: bytes) -> Signup:
-    """The signup in a request's body, which is JSON in UTF-8 (RFC 8259), unknown fields aside.
-
-    Raises InvalidBody, or InvalidField for the first bad one of email, first_name, last_name.
-    """
+    """The signup in a body of JSON in UTF-8. Raises InvalidBody, or the first InvalidField."""
     try:
         fields = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply

@@ -94,8 +94,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
 
 
 def _body(limit: int) -> bytes:
-    # Past werkzeug, which cuts a chunked body off at its limit without a word, and does not tell
-    # when the end of one is missing; the beginning may be JSON as well.
+    # Past werkzeug, which says nothing when it cuts a body off, or when the end of one is missing.
     length = int(request.environ.get("CONTENT_LENGTH") or 0)  # chunks announce none
     if length > limit:
         raise exceptions.RequestEntityTooLarge
