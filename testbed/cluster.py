@@ -26,6 +26,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for server in (self.primary, self.standby):
+            server.kill()  # a clean end would wait for the other one
         self._servers.close()
 
     def promote(self) -> None:
