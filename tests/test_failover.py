@@ -33,7 +33,7 @@ def test_the_error_names_each_host_and_no_password(cluster: Cluster) -> None:
         opened(f"postgresql://postgres:s3cret@{standby},127.0.0.1:1,nowhere.invalid:1/postgres")
     (line,) = str(caught.value).splitlines()
     for cause in (
-        "127.0.0.1 1: Connection refused",
+        "127.0.0.1 127.0.0.1 1: Connection refused",
         "session is read-only",
         "no address of 'nowhere.invalid'",
     ):
@@ -55,11 +55,6 @@ def test_signups_follow_the_primary(
         assert report.failed  # so there was a failover
         # What was sent already may fail, one a client, and nothing that comes later.
         assert report.failed_again <= (CLIENTS if scenario.__name__ == "paused" else 0)
-
-
-@pytest.fixture
-def url(postgres: Postgres) -> str:
-    return postgres.new_database()
 
 
 @pytest.fixture
@@ -91,7 +86,7 @@ def test_every_address_of_a_name_is_tried(
     url: str, relay: Relay, hanging: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = [(0, 0, 0, "", (number, 0)) for number in ("127.0.0.2", "127.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: numbers)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: numbers)
     with opened(address(url, relay).replace("127.0.0.1", "db.example"), seconds=1) as connection:
         assert connection.info.dsn_parameters["hostaddr"] == "127.0.0.1"
 
