@@ -9,7 +9,7 @@ QUICK := rooms validation config metrics http openapi rules dashboards compose k
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test test-quick lint check-rules soak fault-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
+.PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
 	compose-up compose-down compose-build compose-logs
 
 help: ## This list
@@ -54,6 +54,9 @@ soak: $(READY) ## 200 worker replacements under load, with slots and with a file
 
 fault-drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
 	$(BIN)/python -m drills.faults
+
+failover-drill: $(READY) ## A primary that fails over to its standby under load, in four ways
+	$(BIN)/python -m drills.failover
 
 alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
 	$(BIN)/python -m drills.alerts

@@ -47,7 +47,8 @@ def connect(config: Config, deadline: float) -> Connection:
     dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
     causes: list[str] = []
     addresses = sorted(_addresses(dsn, causes), key=lambda address: _failed.get(str(address), 0))
-    most = float(dsn.get("connect_timeout", 1 if len(addresses) > 1 else 0)) or inf
+    several = len(addresses) > 1
+    most = float(dsn.get("connect_timeout", several)) or inf  # a second for each of several
     for place, address in enumerate(addresses):
         part = min((deadline - monotonic()) / (len(addresses) - place), most)
         factory = partial(Connection, deadline=monotonic() + part)
@@ -55,7 +56,8 @@ def connect(config: Config, deadline: float) -> Connection:
             connection: Connection = psycopg2.connect(connection_factory=factory, **dsn | address)
         except psycopg2.Error as error:
             _failed[str(address)] = monotonic()
-            causes.append(str(error).strip().partition("\n")[0])
+            name = " ".join(filter(None, address.values())) + ": " if several else ""
+            causes.append(name + str(error).strip().partition("\n")[0])
         else:
             connection.deadline, connection.autocommit = deadline, True
             return connection

@@ -21,12 +21,15 @@ from .programs import is_alive
 
 
 class Postgres:
-    """An embedded PostgreSQL of its own, gone after the `with` block."""
+    """An embedded PostgreSQL of its own, by default a primary, gone after the `with` block."""
+
+    def __init__(self, primary: str = "") -> None:
+        self._primary = primary
 
     def __enter__(self) -> Self:
         self._folder = tempfile.mkdtemp(prefix="signup-test-", dir="/tmp")
         Path(self._folder).chmod(0o755)  # under root, PostgreSQL runs as another user
-        self.server = EmbeddedPostgres(Path(self._folder))
+        self.server = EmbeddedPostgres(Path(self._folder), self._primary)
         self.url = self.server.start()
         return self
 
@@ -81,6 +84,12 @@ class Postgres:
 
     def stop(self, mode: str = "fast") -> None:
         self.server.run("pg_ctl", "-D", self.server.data, "-m", mode, "-w", "stop")
+
+    def kill(self) -> None:
+        """End every process by SIGKILL, also of a server that is paused."""
+        pids = self.pids()
+        self.signal(signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, pids)))
 
     def restart(self) -> None:
         """Start the server again after `stop`, or after it was killed."""

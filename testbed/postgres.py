@@ -40,11 +40,13 @@ class EmbeddedError(Exception):
 class EmbeddedPostgres:
     """A PostgreSQL cluster in the folder `home`, which listens on a Unix socket only.
 
+    Where `primary` is given, the URL of another one, the new cluster is a standby of that.
     Several processes may start it: they share one server, and the last one to stop ends it.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, primary: str = "") -> None:
         self.home = home
+        self._primary = primary
         self.data = home / "data"
         self._users: IO[str] | None = None
 
@@ -79,7 +81,7 @@ class EmbeddedPostgres:
             if self.is_running():
                 folder = self._socket_folder()
                 self.run("pg_ctl", "-D", self.data, "-m", "fast", "-w", "stop")
-                if folder != self.data:
+                if folder != self.data:  # where an older version has it
                     shutil.rmtree(folder, ignore_errors=True)
 
     def is_running(self) -> bool:
@@ -117,18 +119,23 @@ class EmbeddedPostgres:
             os.chown(new, account["user"], account["group"])
         # The builtin locale folds every letter's case, not only ASCII ones, on any system.
         locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
-        self.run("initdb", "-D", new, "-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
+        options = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
+        if self._primary:
+            self.run("pg_basebackup", "-D", new, "-d", self._primary, "-R", "-c", "fast")
+        else:
+            self.run("initdb", "-D", new, *options)
         new.rename(self.data)
 
     def _launch(self) -> None:
-        folder = self.data
+        folder = self.home / "socket"  # pg_basebackup and pg_rewind stumble over one in the data
         path = str(folder / SOCKET_NAME)
         # What unix(7) allows, and what reads the same in a shell and in PostgreSQL's list.
         if len(path) > MAX_SOCKET_PATH or not re.fullmatch(r"[A-Za-z0-9_./-]+", path):
             folder = Path(tempfile.mkdtemp(prefix="signup-", dir="/tmp"))
-            account = self.account()
-            if account:
-                os.chown(folder, account["user"], account["group"])
+        folder.mkdir(mode=0o700, exist_ok=True)
+        account = self.account()
+        if account:
+            os.chown(folder, account["user"], account["group"])
         options = f"-c listen_addresses= -c unix_socket_directories={folder}"
         self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-o", options, "-w", "start")
 

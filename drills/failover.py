@@ -1,0 +1,213 @@
+"""`make failover-drill`: a primary fails over to its standby under load, in four ways.
+
+Two servers of testbed/cluster.py, each behind a relay, which stands for its address; so it counts
+the connections that the service has left to a server, whatever state that one is in.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from signup.pool import PING_AFTER
+from testbed import wait_until
+from testbed.cluster import Cluster, ask
+from testbed.database import locked_table, stored_emails
+from testbed.load import Background
+from testbed.relay import Relay
+from testbed.service import Client, Service
+
+CLIENTS, WORKERS = 8, 2
+# Short, so that a drill is: a statement that a silent server got costs their sum and a second.
+SETTINGS: dict[str, Any] = {
+    "WEB_CONCURRENCY": str(WORKERS),
+    "DATABASE_POOL_TIMEOUT": "2",
+    "DATABASE_STATEMENT_TIMEOUT": "1",
+}
+
+
+@dataclass
+class Report:
+    """What one failover did to the clients.
+
+    `again` are the seconds from the moment when the new primary could be reached and written to
+    the first 201, `failed_again` the requests that were sent after that 201 and failed, and `left`
+    the connections that the service has left to the server that is no longer the primary.
+    """
+
+    scenario: str
+    acknowledged: int
+    present: int
+    failed: int
+    again: float
+    failed_again: int
+    left: int
+
+
+class Load(Background):
+    """Clients that sign up; `answers` are when one was sent and answered, its status and email."""
+
+    def __init__(self, service: Client, clients: int = CLIENTS) -> None:
+        super().__init__(clients)
+        self._service = service
+        self._name = time.time_ns()
+        self.answers: list[tuple[float, float, int, str]] = []
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        email = f"{self._name}-{number}-{turn}@example.com"
+        body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
+        sent = time.monotonic()
+        status = self._service.signup(session=session, json=body).status_code
+        self.answers.append((sent, time.monotonic(), status, email))
+        if status != 201:
+            self._stop.wait(0.05)  # who failed waits before the next attempt
+
+    def count(self, status: int, since: float = 0) -> int:
+        """The answers of this status to requests that were sent after `since`."""
+        return sum(s == status for sent, _, s, _ in list(self.answers) if sent > since)
+
+    def await_answers(self, count: int, status: int = 201) -> None:
+        """Wait for so many of them to requests that are sent from now on."""
+        now = time.monotonic()
+        wait_until(lambda: self.count(status, now) >= count, timeout=60)
+
+    def report(self, scenario: str, stored: set[str], taken_over: float, left: int) -> Report:
+        good = [(done, email) for _, done, status, email in self.answers if status == 201]
+        first = min(done for done, _ in good if done > taken_over)
+        bad = [sent for sent, _, status, _ in self.answers if status != 201]
+        return Report(
+            scenario,
+            acknowledged=len(good),
+            present=len(stored.intersection(email for _, email in good)),
+            failed=len(bad),
+            again=first - taken_over,
+            failed_again=sum(sent > first for sent in bad),
+            left=left,
+        )
+
+
+def address(url: str, *relays: Relay) -> str:
+    """The URL of the same database through `relays`."""
+    parts = urlsplit(url)
+    login = f"{parts.username}:{parts.password}"
+    hosts = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)
+    attributes = "?target_session_attrs=read-write" if len(relays) > 1 else ""
+    return f"postgresql://{login}@{hosts}{parts.path}{attributes}"
+
+
+def switch_over(cluster: Cluster) -> Report:
+    """A planned one: the primary becomes read-only, the address moves, the primary a standby."""
+    old, url = cluster.primary, cluster.primary.new_database()
+    with Relay(old) as relay, _service(address(url, relay)) as service:
+        with Load(service) as load:
+            load.await_answers(100)
+            ask(old, "ALTER SYSTEM SET default_transaction_read_only = on")
+            ask(old, "SELECT pg_reload_conf()")
+            load.await_answers(CLIENTS, status=500)
+            assert service.get("/readyz").status_code == 503
+            cluster.promote()
+            relay.move(cluster.primary)
+            taken_over = time.monotonic()
+            load.await_answers(100)
+            left = _left(service, lambda: relay.connections(old))
+            ask(old, "ALTER SYSTEM RESET default_transaction_read_only")
+            old.stop()
+            cluster.rejoin()
+            load.await_answers(100)
+        return load.report(
+            "switch-over, the address moves", _stored(cluster, url), taken_over, left
+        )
+
+
+def killed(cluster: Cluster) -> Report:
+    """The primary, the first of two hosts, is killed by SIGKILL."""
+    return _failover(cluster, "primary killed, two hosts", signal.SIGKILL)
+
+
+def paused(cluster: Cluster) -> Report:
+    """The primary, the first of two hosts, is paused: it accepts, and never answers."""
+    return _failover(cluster, "primary paused, two hosts", signal.SIGSTOP)
+
+
+def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
+    old, url = cluster.primary, cluster.primary.new_database()
+    with Relay(old) as first, Relay(cluster.standby) as second:
+        hosts = address(url, first, second)
+        with _service(hosts) as service, Load(service) as load:
+            load.await_answers(100)
+            old.signal(number)
+            load.await_answers(1, status=500)
+            cluster.promote()
+            taken_over = time.monotonic()
+            load.await_answers(100)
+            left = _left(service, lambda: first.connections(old))
+        if number == signal.SIGSTOP:  # a start passes it over as well
+            with _service(hosts) as service:
+                assert service.get("/readyz").status_code == 200
+        return load.report(scenario, _stored(cluster, url), taken_over, left)
+
+
+def silent(cluster: Cluster) -> Report:
+    """A NAT or load balancer forgets idle connections, and tells neither side."""
+    primary, url = cluster.primary, cluster.primary.new_database()
+    with Relay(primary) as relay, _service(address(url, relay)) as service:
+        with Load(service, 2 * CLIENTS), locked_table(primary.admin_url(url)):
+            wait_until(lambda: relay.connections(primary) > CLIENTS)
+        opened, idle_since = relay.connections(primary), time.monotonic()
+        relay.go_silent()
+        wait_until(lambda: time.monotonic() > idle_since + PING_AFTER)
+        asked = time.monotonic()
+        with Load(service) as load:
+            load.await_answers(100)
+            left = _left(service, relay.silent_connections)
+        return load.report(
+            f"{opened} idle connections gone silent", _stored(cluster, url), asked, left
+        )
+
+
+SCENARIOS = (silent, switch_over, killed, paused)
+
+
+@contextmanager
+def _service(url: str) -> Iterator[Service]:
+    with Service(DATABASE_URL=url, **SETTINGS) as service:
+        wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+        yield service
+
+
+def _left(service: Service, count: Callable[[], int]) -> int:
+    """What `count` says once the service is ready: 0, or what 10 seconds have left of it."""
+    wait_until(lambda: service.get("/readyz").status_code == 200)
+    with suppress(AssertionError):  # each question may meet another worker
+        wait_until(lambda: service.get("/readyz").ok and not count(), timeout=10)
+    return count()
+
+
+def _stored(cluster: Cluster, url: str) -> set[str]:
+    name = urlsplit(url).path
+    return stored_emails(cluster.primary.url.replace("/postgres?", f"{name}?"))
+
+
+def main() -> None:
+    """Print a row for each scenario."""
+    names = ("acknowledged", "present", "failed", "first 201", "failed later", "left")
+    with Cluster() as cluster:
+        print(f"{'':32}", *(f"{name:>12}" for name in names))
+        for scenario in SCENARIOS:
+            cluster.rejoin()
+            report = scenario(cluster)
+            print(
+                f"{report.scenario:32} {report.acknowledged:12} {report.present:12}"
+                f" {report.failed:12} {report.again:10.2f} s {report.failed_again:12}"
+                f" {report.left:12}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
