@@ -1,5 +1,6 @@
 """A primary and its synchronous standby, of which either can take the other's place."""
 
+import signal
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -27,7 +28,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         for server in (self.primary, self.standby):
-            server.kill()  # a clean end would wait for the other one
+            server.signal(signal.SIGKILL)  # a clean end would wait for the other one
+            wait_until(lambda: not server.server.is_running())
         self._servers.close()
 
     def promote(self) -> None:
