@@ -42,7 +42,6 @@ access_log_format = (
     '{"time": "%(t)s", "method": "%({signup.method}e)s", "path": "%({signup.path}e)s", '
     '"status": %(s)s, "duration": %(L)s, "request_id": "%({signup.request_id}e)s"}'
 )
-proc_name = "signup"
 
 
 def on_starting(server: Any) -> None:
@@ -87,6 +86,11 @@ def post_fork(server: Any, worker: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
     os.setpgid(0, 0)  # Ctrl-C reaches the master alone, which ends its workers
     os.environ["SIGNUP_SLOT"] = json.dumps(worker.slot)  # for create_app
+
+
+def post_worker_init(worker: Any) -> None:
+    """In a worker that is loaded: gunicorn computes a setting at each of thirty looks a request."""
+    vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -17,8 +17,7 @@ def create_app(config: Config | None = None) -> Flask:
     given = os.environ.get("SIGNUP_SLOT")  # by gunicorn.conf.py
     slot = Slot(*json.loads(given)) if given else None
     if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
-        what = "start in its folder or use --config, and without preload_app"
-        raise RuntimeError(f"gunicorn.conf.py has not set this worker up: {what}")
+        raise RuntimeError("gunicorn.conf.py was not read (see --config), or preload_app is set")
     connections = slot.connections if slot else config.database_max_connections
     measured = metrics.Metrics(slot, connections)
     app = Flask(__name__, static_folder=None)

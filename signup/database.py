@@ -47,6 +47,7 @@ class Database:
         timeout = self._config.database_pool_timeout
         with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
+            # Never repeated: what a connection was asked before it was lost may be committed.
             with self._metrics.insert_duration.time():
                 cursor.execute(INSERT, values)
             if not (row := cursor.fetchone()):

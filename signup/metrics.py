@@ -40,7 +40,6 @@ class Metrics:
         counter = partial(Counter, registry=own)
         histogram = partial(Histogram, buckets=BUCKETS, registry=own)
         gauge = partial(Gauge, multiprocess_mode="livesum", registry=own)
-
         durations = histogram("signup_request_duration_seconds", "Request time", ["status_code"])
         self.durations = {code: durations.labels(code) for code in STATUS_CODES}
         requests = counter("signup_requests_total", "Answered signup requests", ["status_code"])
@@ -96,8 +95,7 @@ def of_master(folder: str) -> Counter:
     text = "Start of the master in seconds since the Unix epoch"
     started = Gauge("process_start_time_seconds", text, multiprocess_mode="max", registry=None)
     started.set(psutil.Process().create_time())
-    text = "Workers started since the service was; those that a reload starts count as well"
-    return Counter("signup_worker_starts_total", text, registry=None)
+    return Counter("signup_worker_starts_total", "Workers started, also by reloads", registry=None)
 
 
 def init_app(app: Flask, metrics: Metrics) -> None:

@@ -17,11 +17,7 @@ from .validation import InvalidBody, InvalidField, parse_signup
 # The status, the error_type of the metrics, and what the client is told.
 ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     InvalidBody: (400, "invalid_json", "invalid request body"),
-    exceptions.HTTPException: (
-        400,
-        "invalid_json",
-        "invalid request body",
-    ),  # all others of werkzeug
+    exceptions.HTTPException: (400, "invalid_json", "invalid request body"),  # any other
     exceptions.RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
     InvalidField: (400, "validation", ""),  # it brings its own message
     exceptions.Conflict: (409, "duplicate_email", "email already exists"),

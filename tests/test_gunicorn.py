@@ -241,7 +241,7 @@ def test_hup_serves_changed_code(url: str, project: Path) -> None:
 def test_preload_is_refused(url: str) -> None:
     done = refused_start("--preload", DATABASE_URL=url)
     (line,) = filter(None, done.stderr.splitlines())
-    assert "without preload_app" in line
+    assert "preload_app is set" in line
 
 
 @pytest.mark.parametrize("options", [(), (f"--chdir={ROOT}",)])
@@ -258,7 +258,7 @@ def test_the_configuration_file_may_be_named_elsewhere(
 def test_a_start_without_the_configuration_file_is_refused(url: str, tmp_path: Path) -> None:
     options = (f"--pythonpath={ROOT}", "--no-control-socket")
     done = refused_start(*options, folder=tmp_path, DATABASE_URL=url)
-    assert "gunicorn.conf.py has not set this worker up" in done.stderr
+    assert "gunicorn.conf.py was not read" in done.stderr
 
 
 def python_for(user: str) -> str:
