@@ -6,12 +6,14 @@ the machine does meets all; ratios are taken within a round. Each answer of 201 
 
 import contextlib
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from urllib.parse import parse_qs, urlsplit
@@ -222,6 +224,23 @@ def main() -> None:
     report(results, ceiling)
 
 
+def machine() -> str:
+    """What the figures are of: processor, kernel, versions, commit."""
+    model = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
+    packages = ("gunicorn", "gevent", "flask", "psycopg2-binary", "prometheus-client")
+    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return "\n".join(
+        (
+            f"{len(os.sched_getaffinity(0))} cores"
+            f" of {model[1] if model else platform.machine()}, {platform.platform()}",
+            f"Python {platform.python_version()}, "
+            + ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+            f"commit {commit or 'unknown'}",
+        )
+    )
+
+
 def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
     """A table: medians, with the least and the most; ratios of this service to each."""
 
@@ -236,8 +255,8 @@ def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
         ("CPU ms", lambda r: r.cpu * 1000, "{:.2f}".format),
         ("MB a worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
     )
-    cores = len(os.sched_getaffinity(0))
-    print(f"{cores} cores, {CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
+    print(machine())
+    print(f"{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
     for name, rounds in results.items():
         print(name)
         for column, figure, form in columns:
