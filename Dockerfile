@@ -1,15 +1,22 @@
-FROM python:3.13.5-slim-bookworm AS build
-RUN python -m venv /venv
-COPY requirements.txt .
-RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
-
-FROM python:3.13.5-slim-bookworm
-LABEL org.opencontainers.image.title="signup" \
-      org.opencontainers.image.description="Signups over HTTP, stored in PostgreSQL, measured for Prometheus"
-COPY --from=build /venv /venv
+FROM python:3.14.8-slim-trixie AS build
+COPY deploy/requirements-hashed.txt .
+# pip stays in an environment of its own.
+RUN python -m venv /pip && python -m venv --without-pip /venv && \
+    /pip/bin/pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
+    --only-binary :all: --require-hashes -r requirements-hashed.txt
 WORKDIR /app
 COPY app.py gunicorn.conf.py ./
 COPY signup signup
+RUN chmod -R u=rwX,go=rX /app # whatever umask the checkout was made under
+
+FROM python:3.14.8-slim-trixie
+LABEL org.opencontainers.image.title="signup" \
+      org.opencontainers.image.description="Signups over HTTP, stored in PostgreSQL, measured for Prometheus" \
+      org.opencontainers.image.base.name="python:3.14.8-slim-trixie"
+RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/pip*
+COPY --from=build /venv /venv
+COPY --from=build /app /app
+WORKDIR /app
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 3000

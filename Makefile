@@ -7,10 +7,11 @@ PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 QUICK := rooms validation config metrics http openapi rules dashboards compose kubernetes
 HOST := http://localhost:3000
+MOUNTED := deploy grafana nginx prometheus
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews image-check kubernetes-rules clean \
-	compose-up compose-down compose-build compose-logs
+.PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews kubernetes-rules clean \
+	hashed-requirements compose-check compose-up compose-update compose-down compose-build compose-logs
 
 help: ## This list
 	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -110,11 +111,25 @@ kubernetes-rules: ## The rules on the service, as an object of Kubernetes
 
 ##@ Containers
 
-image-check: $(READY) ## The image, built by buildah and run, where there is no Docker
-	$(BIN)/python -m drills.image
+hashed-requirements: $(READY) ## deploy/requirements-hashed.txt of requirements.txt, for the image
+	@{ echo '# Made of requirements.txt by `make hashed-requirements`, for the image.'; \
+		$(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header --python-version 3.14 \
+			requirements.txt; } > deploy/requirements-hashed.txt
+
+compose-check: $(READY) ## The compose stack on a Docker engine: started, scaled and broken
+	$(BIN)/python -m drills.compose
 
 compose-up: ## The service and what watches it, in containers
+	@hidden=$$(find $(MOUNTED) ! -perm -o=r -o -type d ! -perm -o=x); [ -z "$$hidden" ] || { \
+		echo "the containers can't read" $$hidden": chmod -R go+rX $(MOUNTED)" >&2; exit 1; }
 	docker compose up --detach --wait
+
+# The pause is for nginx, which asks DNS each second.
+compose-update: ## The service's image and settings anew: new replicas first, then the old ones go
+	@set -ex; old=$$(docker compose ps --quiet server); n=$$(echo "$$old" | wc -l); \
+	docker compose up --detach --wait --no-deps --no-recreate --scale server=$$((2 * n)) server; \
+	sleep 3; docker stop $$old; docker rm $$old; \
+	docker compose up --detach --no-deps --no-recreate --scale server=$$n server
 
 compose-down: ## Ends them, and keeps the data
 	docker compose down
@@ -128,7 +143,7 @@ compose-logs: ## What the containers say
 ##@ Clean-up
 
 clean: ## Removes the environment and the caches, and keeps the data
-	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .engine .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

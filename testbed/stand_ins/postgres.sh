@@ -1,0 +1,18 @@
+# What the true image's entrypoint promises of its volume: data in a folder of its version, made if
+# it is missing, with a password for everybody but those on 127.0.0.1.
+set -eu
+export PGDATA="/var/lib/postgresql/$(cat /major)/docker"
+if [ "$1" = postgres ] && [ "$(id -u)" = 0 ]; then
+    mkdir -p "$PGDATA"
+    chown -R postgres:postgres /var/lib/postgresql
+    chmod 700 "$PGDATA"
+    mkdir -p /var/run/postgresql
+    exec setpriv --reuid=postgres --regid=postgres --init-groups sh "$0" "$@"
+fi
+if [ "$1" = postgres ] && [ ! -s "$PGDATA/PG_VERSION" ]; then
+    printf '%s\n' "${POSTGRES_PASSWORD:?}" >/tmp/password
+    initdb --username=postgres --pwfile=/tmp/password
+    rm /tmp/password
+    echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
+fi
+exec "$@"
