@@ -42,7 +42,7 @@ class Database:
         self._pool = Pool(config, connections, metrics)
 
     def insert_user(self, signup: Signup) -> dict[str, Any] | None:
-        """Insert a user; return the row (RFC 3339 times), or None if known. Raises psycopg2.Error."""
+        """Insert a user. Return its row (RFC 3339 times), None if known. Raises psycopg2.Error."""
         values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
         timeout = self._config.database_pool_timeout
         with self._pool.connection(timeout) as connection, connection.cursor() as cursor:

@@ -6,7 +6,7 @@ SELECT pg_advisory_xact_lock(hashtext('signup schema'));
 CREATE TABLE IF NOT EXISTS users (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     email        text NOT NULL CHECK (char_length(email) <= 254),
-    email_folded text NOT NULL UNIQUE, -- of fold_email in validation.py: one account in any letter case
+    email_folded text NOT NULL UNIQUE, -- by fold_email: one account in any letter case
     first_name   text NOT NULL CHECK (char_length(first_name) <= 100),
     last_name    text NOT NULL CHECK (char_length(last_name) <= 100),
     created_at   timestamptz NOT NULL DEFAULT now(),
