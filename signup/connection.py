@@ -43,7 +43,7 @@ def connect(config: Config, deadline: float) -> Connection:
     dsn = DEFAULTS | extensions.parse_dsn(config.database_url)
     timeout = round(config.database_statement_timeout * 1000)  # milliseconds
     options = f"-c timezone=UTC -c statement_timeout={timeout} {dsn.get('options', '')}"
-    # PgBouncer rejects options that end in a space.
+    # PgBouncer 1.20 and newer reject options that end in a space.
     dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
     causes: list[str] = []
     addresses = sorted(_addresses(dsn, causes), key=lambda address: _failed.get(str(address), 0))
@@ -93,7 +93,7 @@ def _wait(connection: Any) -> None:
         poller = select.poll()
         poller.register(connection.fileno(), event)
         left = max(connection.deadline - monotonic(), 0)
-        # Poll again: if this process was paused, the deadline has passed but data may be waiting.
+        # Poll twice: after a pause of this process, data may be waiting after the deadline.
         if not (poller.poll(left * 1000) or poller.poll(10)):
             raise psycopg2.OperationalError("the database did not answer in time")
 

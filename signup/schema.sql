@@ -1,4 +1,4 @@
--- The gunicorn master runs this at every start. The lock allows several to do so at once:
+-- The gunicorn master runs this at every start. The lock lets several masters do so at once:
 -- IF NOT EXISTS alone fails if two sessions create the table at the same time.
 SET LOCAL statement_timeout = 0;
 SELECT pg_advisory_xact_lock(hashtext('signup schema'));

@@ -50,7 +50,7 @@ class Slot(NamedTuple):
 
 
 def make_folder(parent: str | None) -> str:
-    """Create this master's folder, and delete those of killed masters. Raises OSError."""
+    """Create and return this master's folder; delete those of killed masters. Raises OSError."""
     place = Path(parent or tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     prefix = f"signup-slots-{Path('/proc/self/ns/pid').stat().st_ino}-"  # pids are per namespace
