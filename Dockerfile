@@ -1,13 +1,13 @@
 FROM python:3.14.8-slim-trixie AS build
 COPY deploy/requirements-hashed.txt .
-# pip stays in an environment of its own.
+# pip is in a separate environment, which the image does not contain.
 RUN python -m venv /pip && python -m venv --without-pip /venv && \
     /pip/bin/pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
     --only-binary :all: --require-hashes -r requirements-hashed.txt
 WORKDIR /app
 COPY app.py gunicorn.conf.py ./
 COPY signup signup
-RUN chmod -R u=rwX,go=rX /app # whatever umask the checkout was made under
+RUN chmod -R u=rwX,go=rX /app # regardless of the checkout's umask
 
 FROM python:3.14.8-slim-trixie
 LABEL org.opencontainers.image.title="signup" \
@@ -20,7 +20,7 @@ WORKDIR /app
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 3000
-# gunicorn gives requests 13 s to end, and docker stop gives it 10: docker stop -t 20.
+# gunicorn's graceful_timeout of 13 s exceeds the 10 s of docker stop: use docker stop -t 20.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD ["python", "-c", \
     "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\", 3000)}/healthz', timeout=2)"]

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-peers
-# Three processes: waiting is most of what tests do. See tests/conftest.py for what stays in one.
+# Three processes, as the tests mostly wait. tests/conftest.py groups the tests that must share one.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 QUICK := rooms validation config metrics http openapi rules dashboards compose kubernetes
 HOST := http://localhost:3000
@@ -13,31 +13,31 @@ REPORT = load-test-$(LOAD).html
 .PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews kubernetes-rules clean \
 	hashed-requirements compose-check compose-up compose-update compose-down compose-build compose-logs
 
-help: ## This list
+help: ## List the targets
 	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } \
-		/^[a-z-]+:.*## / { printf "  %-18s%s\n", $$1, $$2 }' Makefile
+		/^[a-z-]+:.*## / { printf "  %-21s%s\n", $$1, $$2 }' Makefile
 
 ##@ Service
 
-run: $(READY) ## The service on http://localhost:3000
+run: $(READY) ## Serve on http://localhost:3000, with an embedded PostgreSQL
 	@exec $(BIN)/python -m testbed.postgres $(BIN)/python $(BIN)/gunicorn app:app
 
 ##@ Tests
 
-test: $(READY) ## Every test
+test: $(READY) ## Run every test
 	$(PYTEST)
 
-test-quick: $(READY) ## Units, the contract, and the service run once: for the loop while coding
+test-quick: $(READY) ## Run the unit tests, the HTTP contract and one end-to-end test, while coding
 	$(PYTEST) -m "not needs" $(QUICK:%=tests/test_%.py) \
 		tests/test_end_to_end.py::test_the_guides_traffic_and_concurrent_clients
 
-lint: $(READY) ## Style and types
+lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy app.py gunicorn.conf.py signup testbed drills benchmarks tests
 
-# GOGC: fewer garbage collections, and a fifth less CPU.
-check-rules: ## The configuration and the rules of Prometheus and Alertmanager, and the rules' tests
+# GOGC=400 runs fewer garbage collections and saves a fifth of the CPU time.
+check-rules: ## Check the configuration of Prometheus and Alertmanager, and test the rules
 	@for program in promtool:prometheus amtool:prometheus-alertmanager \
 		prometheus-blackbox-exporter:prometheus-blackbox-exporter; do \
 		command -v $${program%:*} >/dev/null || { \
@@ -50,39 +50,39 @@ check-rules: ## The configuration and the rules of Prometheus and Alertmanager, 
 
 ##@ Drills
 
-soak: $(READY) ## 200 worker replacements under load, with slots and with a file set for each pid
+soak: $(READY) ## Replace 200 workers under load, with slots and with a file set per pid
 	$(BIN)/python -m drills.soak 200
 
-fault-drill: $(READY) ## Every fault of the database under load, and PostgreSQL killed
+fault-drill: $(READY) ## Cause every database fault under load, and kill PostgreSQL
 	$(BIN)/python -m drills.faults
 
-failover-drill: $(READY) ## A primary that fails over to its standby under load, in four ways
+failover-drill: $(READY) ## Fail over from the primary to its standby under load, in four ways
 	$(BIN)/python -m drills.failover
 
-alert-drill: $(READY) ## Every alert that can be caused, from its cause to Alertmanager and back
+alert-drill: $(READY) ## Cause every alert that can be caused, until it fires and resolves in Alertmanager
 	$(BIN)/python -m drills.alerts
 
 ##@ Load and measurements
 
 load-test-smoke: LOAD = smoke
-load-test-smoke: load-tests ## Locust, 5 users for 30 seconds; HOST= for another target
+load-test-smoke: load-tests ## Locust: 5 users for 30 seconds; HOST= sets the target
 
 load-test: LOAD = load
-load-test: load-tests ## Locust, 10, 50 and 100 users for 5 minutes
+load-test: load-tests ## Locust: 10, 50 and 100 users for 5 minutes
 
 load-test-stress: LOAD = stress
-load-test-stress: load-tests ## Locust, up to 1,000 users for 10 minutes; SECONDS= for less
+load-test-stress: load-tests ## Locust: up to 1,000 users for 10 minutes; SECONDS= shortens it
 
 load-tests: $(READY)
 	@$(BIN)/python -c 'import requests, sys; requests.get(sys.argv[1], timeout=10)' $(HOST) 2>/dev/null || { \
-		echo "nobody answers at $(HOST): start the service with make run, or set HOST=" >&2; exit 1; }
+		echo "no response from $(HOST): start the service with make run, or set HOST=" >&2; exit 1; }
 	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/locust --locustfile benchmarks/locustfile.py --headless \
 		--host $(HOST) --stop-timeout 30 --html $(REPORT)
 
-bench: $(READY) $(PEERS)/bin/guide ## This service beside its peers; ROUNDS= and SECONDS= of each
+bench: $(READY) $(PEERS)/bin/guide ## Compare the service with its peers; ROUNDS= and SECONDS= set the length
 	$(BIN)/python -m benchmarks.bench
 
-limits: $(READY) $(PEERS)/bin/guide ## From 1 to 200 clients, under scrapes, over 200,000 signups, with other settings
+limits: $(READY) $(PEERS)/bin/guide ## Measure 1 to 200 clients, scrapes, 200,000 signups, and other settings
 	$(BIN)/python -m benchmarks.limits
 
 $(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
@@ -91,65 +91,65 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
 	@touch $@
 
 $(PEERS)/bin/guide: benchmarks/peers/guide.go $(PEERS)/.ready
-	@GO111MODULE=off GOPATH=/usr/share/gocode go build -o $@ $< || echo "the peer in Go is left out:" \
+	@GO111MODULE=off GOPATH=/usr/share/gocode go build -o $@ $< || echo "the Go peer is left out:" \
 		"apt-get install golang-go golang-github-lib-pq-dev golang-github-prometheus-client-golang-dev" >&2
 
-capacity: $(READY) ## What one core and one machine can do, and with a million rows
+capacity: $(READY) ## Measure one core, one machine, and a table of a million rows
 	$(BIN)/python -m benchmarks.capacity
 
-##@ Made files
+##@ Generated files
 
-previews: $(READY) ## New previews of the dashboards, from real data of three minutes
+previews: $(READY) ## Render the dashboard previews from three minutes of real data
 	$(BIN)/python -m drills.previews
 
-kubernetes-rules: ## The rules on the service, as an object of Kubernetes
+kubernetes-rules: ## Generate the Kubernetes PrometheusRule from prometheus/rules
 	@{ printf '%s\n' '# Made of prometheus/rules by `make kubernetes-rules`.' \
 		'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
 		'metadata:' '  name: signup-server' 'spec:' '  groups:'; \
 		cd prometheus/rules; sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' alerts.yml recording.yml slo.yml; \
 	} > deploy/kubernetes/prometheus-rule.yaml
 
-##@ Containers
-
-hashed-requirements: $(READY) ## deploy/requirements-hashed.txt of requirements.txt, for the image
+hashed-requirements: $(READY) ## Generate deploy/requirements-hashed.txt, for the image
 	@{ echo '# Made of requirements.txt by `make hashed-requirements`, for the image.'; \
 		$(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header --python-version 3.14 \
 			requirements.txt; } > deploy/requirements-hashed.txt
 
-compose-check: $(READY) ## The compose stack on a Docker engine: started, scaled and broken
+##@ Containers
+
+compose-check: $(READY) ## Start, scale and break the compose stack on a Docker engine
 	$(BIN)/python -m drills.compose
 
-compose-up: ## The service and what watches it, in containers
+compose-up: ## Start the service and its monitoring in containers
 	@hidden=$$(find $(MOUNTED) ! -perm -o=r -o -type d ! -perm -o=x); [ -z "$$hidden" ] || { \
 		echo "the containers can't read" $$hidden": chmod -R go+rX $(MOUNTED)" >&2; exit 1; }
 	docker compose up --detach --wait
 
-# The pause is for nginx, which asks DNS each second.
-compose-update: ## The service's image and settings anew: new replicas first, then the old ones go
+# nginx queries DNS every second; the sleep lets it find the new replicas.
+compose-update: ## Roll out a new image or settings: start new replicas, then stop the old ones
 	@set -ex; old=$$(docker compose ps --quiet server); n=$$(echo "$$old" | wc -l); \
 	docker compose up --detach --wait --no-deps --no-recreate --scale server=$$((2 * n)) server; \
 	sleep 3; docker stop $$old; docker rm $$old; \
 	docker compose up --detach --no-deps --no-recreate --scale server=$$n server
 
-compose-down: ## Ends them, and keeps the data
+compose-down: ## Stop the containers and keep the data
 	docker compose down
 
-compose-build: ## The service's image
+compose-build: ## Build the service's image
 	docker compose build
 
-compose-logs: ## What the containers say
+compose-logs: ## Follow the containers' logs
 	docker compose logs --follow
 
 ##@ Clean-up
 
-clean: ## Removes the environment and the caches, and keeps the data
+clean: ## Remove the environments and caches, and keep the data
 	rm -rf $(VENV) $(PEERS) .engine .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed: install it, or name it: make PYTHON=python3.12 ..." >&2; exit 1; }
+		echo "Python 3.11 or newer is required: install it, or select it: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
-		echo "$(PYTHON) can't make virtual environments: install its venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+		echo "$(PYTHON) can't create virtual environments: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || { \
-		echo "A package of requirements-dev.txt can't be installed: pip needs to reach a package index (see pip config, PIP_INDEX_URL)" >&2; exit 1; }
+		echo "pip can't install requirements-dev.txt: it must reach a package index (see pip config, PIP_INDEX_URL)" >&2; exit 1; }
 	@touch $@

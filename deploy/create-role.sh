@@ -1,6 +1,6 @@
 #!/bin/sh
-# A role for the service, which may make its table and use it, and nothing else; and its database.
-# It may run again and again: what is missing is made, and the passwords become what is asked for.
+# Creates the service's database, and a role that may only create and use its table. Safe to run
+# again: it creates what is missing, and sets both passwords.
 set -eu
 psql --set=ON_ERROR_STOP=1 --quiet --username=postgres --dbname=postgres <<'SQL'
 \getenv admin POSTGRES_PASSWORD

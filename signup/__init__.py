@@ -1,4 +1,4 @@
-"""The signup service: an application factory, one line a concern."""
+"""The signup service: an application factory, one line per concern."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from .slots import Slot
 
 
 def create_app(config: Config | None = None) -> Flask:
-    """The WSGI application. Raises ConfigError, or RuntimeError without gunicorn.conf.py."""
+    """Build the WSGI application. Raises ConfigError, or RuntimeError without gunicorn.conf.py."""
     config = config or Config.from_env(workers=1)
-    given = os.environ.get("SIGNUP_SLOT")  # by gunicorn.conf.py
+    given = os.environ.get("SIGNUP_SLOT")  # set by gunicorn.conf.py
     slot = Slot(*json.loads(given)) if given else None
     if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
         raise RuntimeError("gunicorn.conf.py was not read (see --config), or preload_app is set")

@@ -1,4 +1,4 @@
-"""Configuration: environment variables, read once and checked at the start."""
+"""Configuration from environment variables, read once and checked at startup."""
 
 import os
 import re
@@ -14,12 +14,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class ConfigError(SystemExit):
-    """The service can't start. Holds a line for each reason, without anything secret."""
+    """The service can't start. The message has one line per mistake, and no secrets."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of one service, each from the variable of its name; README.md explains them."""
+    """The settings, each from the environment variable of its name; README.md explains them."""
 
     port: Annotated[int, 1, 65535] = 3000
     database_url: str = ""
@@ -28,13 +28,13 @@ class Config:
     database_statement_timeout: Annotated[float, 0.01, 60] = 5.0
     metrics_sample_interval: Annotated[float, 0.01, 60] = 1.0
     max_body_bytes: Annotated[int, 1, 2**20] = 16384
-    web_concurrency: Annotated[int, 1, 256] = 0  # one for each core: see gunicorn.conf.py
+    web_concurrency: Annotated[int, 1, 256] = 0  # 0: one worker per core, see gunicorn.conf.py
     log_level: str = "info"
     prometheus_multiproc_dir: str = ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ, workers: int = 0) -> "Config":
-        """Read every variable; unset or empty is its default. Raises ConfigError."""
+        """Read every variable; an unset or empty one has its default. Raises ConfigError."""
         values: dict[str, Any] = {}
         mistakes = []
         for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -48,30 +48,30 @@ class Config:
                 if not low <= values[name] <= high:
                     raise ValueError
             except ValueError:
-                what = f"{'a whole number' if kind is int else 'seconds'} from {low} to {high}"
+                what = f"use {low} to {high} {'(an integer)' if kind is int else 'seconds'}"
                 mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
         config = cls(**values)
-        level, most = config.log_level, config.database_max_connections
+        level, budget = config.log_level, config.database_max_connections
         if level.lower() not in LOG_LEVELS:
-            mistakes.append(f"LOG_LEVEL: {level!r} is not allowed: one of {', '.join(LOG_LEVELS)}")
-        if workers > most:
-            what = f"at least one connection for each of {workers} workers"
-            mistakes.append(f"DATABASE_MAX_CONNECTIONS: '{most}' is not allowed: {what}")
+            mistakes.append(f"LOG_LEVEL: {level!r} is not allowed: use {' or '.join(LOG_LEVELS)}")
+        if workers > budget:
+            what = f"each of {workers} workers needs a connection"
+            mistakes.append(f"DATABASE_MAX_CONNECTIONS: '{budget}' is not allowed: {what}")
         if config.database_url and (mistake := _mistake_in_url(config.database_url)):
             mistakes.append(f"DATABASE_URL is not allowed: {mistake}")
         elif workers and not config.database_url:
-            mistakes.append(f"DATABASE_URL is not set: `make run` brings a PostgreSQL; else {URL}")
+            mistakes.append(f"DATABASE_URL is not set: use {URL}, or `make run` for a PostgreSQL")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
         return config
 
 
 def _mistake_in_url(url: str) -> str | None:
-    # libpq would take a part of such a password for a host or a database, and quote that.
+    # libpq would parse part of such a password as a host or database, and quote it in an error.
     scheme, _, rest = url.partition("://")
     authority, _, path = rest.partition("?")[0].partition("/")
     if authority.count("@") > 1 or "@" in path or re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})", rest):
-        return "percent-encode @ / # % quotes and blanks in its user, password and database"
+        return "percent-encode @ / # % quotes and spaces in the user, password and database"
     try:
         float(parse_dsn(url).get("connect_timeout", 0))
     except (ProgrammingError, ValueError):

@@ -1,4 +1,4 @@
-"""PostgreSQL: the schema, the insert, and the check whether it answers."""
+"""PostgreSQL: the schema, the INSERT and the readiness check."""
 
 import logging
 from contextlib import closing
@@ -17,8 +17,8 @@ from .pool import Pool
 from .validation import Signup, fold_email
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-READY_TIMEOUT = 1.0  # seconds for each step of a readiness check; there are two
-GRACE = 1.0  # seconds after DATABASE_STATEMENT_TIMEOUT for the server to say so
+READY_TIMEOUT = 1.0  # seconds for each of the two steps of a readiness check
+GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 
 INSERT = """
 INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
@@ -34,25 +34,25 @@ log = logging.getLogger(__name__)
 
 
 class Database:
-    """What the views need of PostgreSQL, over at most `connections`."""
+    """The views' access to PostgreSQL, over at most `connections`."""
 
     def __init__(self, config: Config, connections: int, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
-        self._reported: dict[str, float] = {}  # when a cause was logged last
+        self._reported: dict[str, float] = {}  # when each cause was last logged
         self._pool = Pool(config, connections, metrics)
 
     def insert_user(self, signup: Signup) -> dict[str, Any] | None:
-        """Store `signup`, once; the row, times in RFC 3339, or None. Raises psycopg2.Error."""
+        """Insert a user. Return its row (RFC 3339 times), None if known. Raises psycopg2.Error."""
         values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
         timeout = self._config.database_pool_timeout
         with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
-            # Never repeated: what a connection was asked before it was lost may be committed.
+            # Never retry: an INSERT sent before the connection was lost may be committed.
             with self._metrics.insert_duration.time():
                 cursor.execute(INSERT, values)
             if not (row := cursor.fetchone()):
                 return None
-        created = f"{row[1]:%Y-%m-%dT%H:%M:%S.%fZ}"  # connections have UTC as their time zone
+        created = f"{row[1]:%Y-%m-%dT%H:%M:%S.%fZ}"  # the session's time zone is UTC
         return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:
@@ -60,11 +60,11 @@ class Database:
         with self._pool.connection(READY_TIMEOUT) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + READY_TIMEOUT
             cursor.execute("SHOW transaction_read_only")
-            if cursor.fetchone() != ("off",):  # "on" on a standby as well
+            if cursor.fetchone() != ("off",):  # a standby returns "on" as well
                 raise ReadOnlySqlTransaction("the database is read-only")
 
     def report(self, error: Exception) -> None:
-        """Log a fault of the database with its cause, at most once a second for each cause."""
+        """Log the cause of a database error, each cause at most once a second."""
         cause, now = describe(error), monotonic()
         if now >= self._reported.get(cause, 0) + 1:
             self._reported[cause] = now
@@ -72,14 +72,14 @@ class Database:
 
 
 def create_schema(config: Config) -> None:
-    """Create the table where it is missing, or raise ConfigError."""
+    """Create or migrate the table. Raises ConfigError."""
     deadline = monotonic() + 10  # seconds
     try:
         with closing(connect(config, deadline)) as connection, connection.cursor() as cursor:
             cursor.execute("SHOW server_encoding")
             if cursor.fetchone() != ("UTF8",):
                 raise ConfigError("the database can't be used: its encoding is not UTF8")
-            connection.deadline = monotonic() + 600  # a large table of an older version
+            connection.deadline = monotonic() + 600  # seconds, to migrate a large table
             cursor.execute(SCHEMA.read_text())
             cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY 2 DESC")
             folded = {fold_email(email): number for email, number in cursor}
@@ -89,5 +89,5 @@ def create_schema(config: Config) -> None:
 
 
 def describe(error: Exception) -> str:
-    """The cause in one line for the log, without the lines that quote a row or the statement."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'gone').splitlines()[0]}"
+    """Return the cause for the log: the first line only, as later ones quote rows and SQL."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""Logs: JSON lines without a request's body, query, address, headers or unknown path."""
+"""Logs: JSON lines without a request's body, query string, address, headers or unknown path."""
 
 import logging
 import re
@@ -16,26 +16,26 @@ log = logging.getLogger("signup")
 
 
 class GunicornLogger(glogging.Logger):
-    """gunicorn's loggers, and on the handlers of its errors everybody else's."""
+    """gunicorn's loggers, whose error handlers the root logger shares."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
         if cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json:
-            return  # the user's own
+            return  # the operator configures logging
         names = {"levelname": "level", "process": "pid", "exc_info": "traceback"}
-        fields = ["levelname", "process", "message"]  # beside the time (RFC 3339, UTC)
+        fields = ["levelname", "process", "message"]  # plus the time (RFC 3339, UTC)
         for handler in self.error_log.handlers:
             handler.setFormatter(JsonFormatter(fields, timestamp="time", rename_fields=names))
-        self.error_log.filters = [_impersonal]
-        # gunicorn's lines of level debug quote requests, and its settings with a password.
+        self.error_log.filters = [_redact]
+        # At debug level, gunicorn logs requests, and settings that contain the password.
         self.error_log.setLevel(max(self.loglevel, logging.INFO))
         logging.root.handlers = self.error_log.handlers
         logging.root.setLevel(self.error_log.level)
         logging.captureWarnings(True)
 
 
-def _impersonal(record: logging.LogRecord) -> bool:
-    # These of gunicorn's go on with the client's address, or with what the client wrote.
+def _redact(record: logging.LogRecord) -> bool:
+    # gunicorn appends the client's address or input to these messages.
     for start in ("Invalid request", "Error handling request"):
         if str(record.msg).startswith(start):
             record.msg, record.args = start, ()
@@ -43,7 +43,7 @@ def _impersonal(record: logging.LogRecord) -> bool:
 
 
 def init_app(app: Flask) -> None:
-    """Give each answer its request's id, or a new one; log the answers of 500 and above."""
+    """Add the request's id, or a new one, to each response; log responses of 500 and above."""
 
     @app.after_request
     def finish(response: Response) -> Response:
@@ -52,7 +52,7 @@ def init_app(app: Flask) -> None:
         name = name if SANE_ID.fullmatch(name) else f"{getrandbits(128):032x}"
         path = "other" if status == 404 else request.path
         response.headers.add("X-Request-ID", name)
-        # For the access log: a method that nobody knows may say anything.
+        # For the access log. An unknown method could contain personal data.
         method = request.method if request.method in HTTPMethod.__members__ else "other"
         environ |= {"signup.request_id": name, "signup.path": path, "signup.method": method}
         if status >= 500:

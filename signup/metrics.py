@@ -22,55 +22,55 @@ from . import slots
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
 ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method", "database", "internal")
 FIELDS = ("email", "first_name", "last_name")
-# Seconds: the Go client's default, which the guide uses. Python's default is another one.
+# Seconds. The guide uses the default buckets of the Go client; those of the Python client differ.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
-    """The metrics of one worker, and the registry from which all workers' can be scraped."""
+    """One worker's metrics, and the registry that exposes those of all workers."""
 
     def __init__(self, slot: slots.Slot | None, max_connections: int) -> None:
         self.slot, self.registry = slot, CollectorRegistry()
-        if slot:  # the registry merges the files of all workers, this one's included
+        if slot:  # the registry merges the files of all workers, including this one's
             slots.write_as(slot.number, slot.folder)
             MultiProcessCollector(self.registry, slot.folder)
             self.registry.register(ProcessCollector())
         own = None if slot else self.registry
-        # Each label value is bound once, here: it stands at 0 from the first scrape.
+        # Binding every label value here exposes its series as 0 from the first scrape.
         counter = partial(Counter, registry=own)
         histogram = partial(Histogram, buckets=BUCKETS, registry=own)
         gauge = partial(Gauge, multiprocess_mode="livesum", registry=own)
         durations = histogram("signup_request_duration_seconds", "Request time", ["status_code"])
         self.durations = {code: durations.labels(code) for code in STATUS_CODES}
-        requests = counter("signup_requests_total", "Answered signup requests", ["status_code"])
+        requests = counter("signup_requests_total", "Signup requests answered", ["status_code"])
         self.requests = {code: requests.labels(code) for code in STATUS_CODES}
         errors = counter("signup_errors_total", "Failed signup requests, by cause", ["error_type"])
         self.errors = {name: errors.labels(name) for name in ERRORS}
-        refused = counter("signup_validation_errors_total", "Fields that were refused", ["field"])
+        refused = counter("signup_validation_errors_total", "Invalid fields, by name", ["field"])
         self.validation_errors = {field: refused.labels(field) for field in FIELDS}
-        self.duplicate_emails = counter("signup_duplicate_email_attempts_total", "Emails we have")
-        self.in_flight = gauge("signup_requests_in_flight", "Signup requests being worked on")
+        self.duplicate_emails = counter("signup_duplicate_email_attempts_total", "Duplicate emails")
+        self.in_flight = gauge("signup_requests_in_flight", "Signup requests in flight")
         gauge("signup_workers", "Live workers").set(1)
         queries = histogram("database_query_duration_seconds", "Query time", ["operation"])
         self.insert_duration = queries.labels("insert_user")
-        connections = gauge("database_connections", "Connections of the pools", ["state"])
+        connections = gauge("database_connections", "Pool connections", ["state"])
         self.connections = {
             state: connections.labels(state) for state in ("in_use", "idle", "open")
         }
-        gauge("database_connections_max", "What live workers may open").set(max_connections)
+        gauge("database_connections_max", "Connection limit of live workers").set(max_connections)
         self.pool_wait = histogram("database_pool_wait_seconds", "Wait for a connection")
-        self.pool_timeouts = counter("database_pool_timeouts_total", "Waits without success")
+        self.pool_timeouts = counter("database_pool_timeouts_total", "Waits that timed out")
 
 
 class ProcessCollector(Collector):
-    """What the library's multiprocess mode lacks: the processes of the whole service."""
+    """CPU, memory and files of master and workers, which the multiprocess mode doesn't expose."""
 
     def collect(self) -> Iterable[Metric]:
         master = psutil.Process(os.getppid())
         while True:
-            # A worker's CPU time goes over to its master when it is reaped: counted in neither or
-            # in both, it would make the total jump. So all is read again if one was meanwhile.
-            own = master.cpu_times()[:4]  # user, system, and those of reaped children
+            # Reaping a worker adds its CPU time to the master's. If that happens during the read,
+            # the time is counted twice or not at all, and the total jumps. So read again.
+            own = master.cpu_times()[:4]  # user and system, of itself and of reaped children
             pids = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
             with suppress(psutil.NoSuchProcess):
                 children = [psutil.Process(int(pid)) for pid in pids]
@@ -81,21 +81,21 @@ class ProcessCollector(Collector):
             time.sleep(0.0005)
         memory = descriptors = 0
         for process in (master, *children):
-            with suppress(psutil.Error):  # it has ended since, or is another user's (--user)
+            with suppress(psutil.Error):  # it has exited, or belongs to another user (--user)
                 memory += process.memory_info().rss
                 descriptors += process.num_fds()
-        yield CounterMetricFamily("process_cpu_seconds", "CPU of master and all workers ever", cpu)
-        yield GaugeMetricFamily("process_resident_memory_bytes", "Of master and workers", memory)
-        yield GaugeMetricFamily("process_open_fds", "Open files of master and workers", descriptors)
+        yield CounterMetricFamily("process_cpu_seconds", "CPU time, exited workers included", cpu)
+        yield GaugeMetricFamily("process_resident_memory_bytes", "RSS, master and workers", memory)
+        yield GaugeMetricFamily("process_open_fds", "Open files, master and workers", descriptors)
 
 
-def of_master(folder: str) -> Counter:
-    """In the gunicorn master: when it started, and the counter of the workers that it starts."""
+def master_metrics(folder: str) -> Counter:
+    """Set the gunicorn master's start time; return its counter of worker starts."""
     slots.write_as(slots.MASTER, folder)
-    text = "Start of the master in seconds since the Unix epoch"
+    text = "Start time of the master, in seconds since the Unix epoch"
     started = Gauge("process_start_time_seconds", text, multiprocess_mode="max", registry=None)
     started.set(psutil.Process().create_time())
-    return Counter("signup_worker_starts_total", "Workers started, also by reloads", registry=None)
+    return Counter("signup_worker_starts_total", "Workers started, reloads included", registry=None)
 
 
 def init_app(app: Flask, metrics: Metrics) -> None:
@@ -124,16 +124,16 @@ def init_app(app: Flask, metrics: Metrics) -> None:
 
     @app.get("/metrics")
     def expose() -> Response:
-        if slot := metrics.slot:  # were its files removed, a scrape would miss what it counts
+        if slot := metrics.slot:  # fail the scrape if this worker's files were deleted
             Path(slot.folder, slots.FILES[0].format(slot.number)).stat()
         encode, content_type = _encoder(request.accept_mimetypes)
         return Response(encode(metrics.registry), content_type=content_type)
 
 
 def _encoder(accept: MIMEAccept) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """The format that the scraper likes best: the library's chooser knows no qualities."""
+    """Return the format the scraper prefers. The library's chooser ignores quality values."""
     for value, quality in sorted(accept, key=lambda item: -item[1]):
-        with suppress(TypeError):  # of the chooser, for `version=x`
+        with suppress(TypeError):  # the chooser raises it for `version=x`
             chosen, wanted = choose_encoder(value.lower()), value.lower().partition(";")[0]
             if quality and wanted in (chosen[1].partition(";")[0], "*/*"):
                 return chosen

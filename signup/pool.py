@@ -1,6 +1,6 @@
-"""The connections of one worker: psycopg2's pool, which waits, and lends live ones only.
+"""A worker's connection pool: psycopg2's, with a queue for waiting requests and a liveness check.
 
-By itself it raises when exhausted (psycopg2 issue 1220), and connects while it holds its lock.
+Unmodified, that pool raises when exhausted (psycopg2 issue 1220), and connects under its lock.
 """
 
 import threading
@@ -17,29 +17,29 @@ from .config import Config
 from .connection import Connection, connect
 from .metrics import Metrics
 
-PING_AFTER, PING_TIMEOUT = 5.0, 1.0  # seconds: what was idle for longer has to answer so soon
+PING_AFTER, PING_TIMEOUT = 5.0, 1.0  # seconds idle before a ping, and seconds to answer it
 
 
 class Pool(ThreadedConnectionPool):
-    """At most `size` connections, opened when they are needed and then kept."""
+    """A pool of at most `size` connections, opened on demand and then kept."""
 
-    _lock: threading.Lock  # this and the next are psycopg2's: its type stubs leave them out
-    _pool: list[Connection]  # the idle ones
-    _used: dict[int, Connection]  # by a key,
-    _rused: dict[int, int]  # and the key by the connection's id
+    _lock: threading.Lock  # these four are psycopg2's, and missing from its type stubs
+    _pool: list[Connection]  # idle connections
+    _used: dict[int, Connection]  # connections in use, by key
+    _rused: dict[int, int]  # their keys, by id(connection)
 
     def __init__(self, config: Config, size: int, metrics: Metrics) -> None:
         super().__init__(0, size)
-        self.minconn = size  # keeps what comes back
+        self.minconn = size  # keep every returned connection open
         self._config, self._metrics = config, metrics
-        self._free = size  # turns: who has one finds an idle connection, or may open one
-        self._waiting: deque[threading.Event] = deque()  # in order of arrival
-        self._trusted = 0.0  # what was opened before is dropped
+        self._free = size  # turns left; each is the right to an idle connection or a new one
+        self._waiting: deque[threading.Event] = deque()  # requests, in order of arrival
+        self._trusted = 0.0  # connections opened before this time are closed
         threading.Thread(target=self._sample, daemon=True).start()
 
     @contextmanager
     def connection(self, timeout: float) -> Iterator[Connection]:
-        """Lend a live one within `timeout` seconds, or raise PoolError, or what connect raises."""
+        """Lend a live one within `timeout` seconds. Raises PoolError, or connect's errors."""
         deadline = monotonic() + timeout
         with self._metrics.pool_wait.time():
             self._wait_for_turn(deadline)
@@ -63,7 +63,7 @@ class Pool(ThreadedConnectionPool):
             self._waiting.append(turn)
         if not turn.wait(deadline - monotonic()):
             with self._lock:
-                if not turn.is_set():  # nor since
+                if not turn.is_set():  # not even since the timeout
                     self._waiting.remove(turn)
                     self._metrics.pool_timeouts.inc()
                     raise PoolError("no connection came free in time")
@@ -94,8 +94,8 @@ class Pool(ThreadedConnectionPool):
                     return None
                 connection, now = self._pool.pop(), monotonic()
             try:
-                connection.poll()  # finds the server's last words,
-                connection.poll()  # and this one the end
+                connection.poll()  # reads the server's last message, if any
+                connection.poll()  # detects that the server closed the connection
                 if now > connection.used + PING_AFTER:
                     connection.deadline = min(now + PING_TIMEOUT, (now + deadline) / 2)
                     with connection.cursor() as cursor:
@@ -105,7 +105,7 @@ class Pool(ThreadedConnectionPool):
                 self._drop(now)
 
     def _drop(self, moment: float) -> None:
-        """Close what was opened before `moment`: idle connections now, the others when returned."""
+        """Close connections opened before `moment`: idle ones now, the others when returned."""
         with self._lock:
             self._trusted = max(self._trusted, moment)
             for idle in [each for each in self._pool if each.opened < moment]:

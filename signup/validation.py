@@ -1,4 +1,4 @@
-"""What a client may send to POST /signup (design: the HTTP contract's 400 rows)."""
+"""Validation of the body of POST /signup."""
 
 import functools
 import json
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from email_validator import EmailNotValidError, validate_email
 
 MAX_LENGTHS = {"email": 254, "first_name": 100, "last_name": 100}  # characters; RFC 5321, 4.5.3.1.3
-# Letters, digits and the usual punctuation, with which an email is as valid as its domain.
+# An email with such a local part is valid if its domain is, and domains can be cached.
 PLAIN_LOCAL_PART = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
-# Control characters, lone surrogates, separators of lines and paragraphs, and format characters,
-# with which a name is shown as another one (U+202E); Persian and Indic names need two of them.
+# Control characters, lone surrogates, line and paragraph separators, and format characters, which
+# can make one name look like another (U+202E). Persian and Indic names need two: the joiners.
 FORBIDDEN_CATEGORIES = {"Cc", "Cs", "Cf", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"
-# White space, Unicode's Default_Ignorable_Code_Point (version 17, UAX #44), and the characters
-# beside it whose glyph is blank by its name: in Braille, music, Khitan and hieroglyphs.
+# White space, Unicode's Default_Ignorable_Code_Point (version 17, UAX #44), and other characters
+# whose name says that the glyph is blank: in Braille, music, Khitan and hieroglyphs.
 INVISIBLE = re.compile(
     "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
@@ -30,11 +30,11 @@ class InvalidBody(Exception):
 
 
 class InvalidField(Exception):
-    """A field breaks a rule: its name, and for the client what is wrong."""
+    """A field breaks a rule. The arguments are its name and the message for the client."""
 
 
 class Signup(NamedTuple):
-    """A valid signup, trimmed; the email's domain in lower case, its local part as typed."""
+    """A valid, trimmed signup. The email's domain is in lower case, its local part as typed."""
 
     email: str
     first_name: str
@@ -42,7 +42,7 @@ class Signup(NamedTuple):
 
 
 def parse_signup(body: bytes) -> Signup:
-    """The signup in a body of JSON in UTF-8. Raises InvalidBody, or the first InvalidField."""
+    """Parse a UTF-8 JSON body. Raises InvalidBody, or InvalidField for the first invalid field."""
     try:
         fields = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
@@ -56,16 +56,16 @@ def parse_signup(body: bytes) -> Signup:
 
 
 def fold_email(email: str) -> str:
-    """The same for every letter case (Unicode, D145). PostgreSQL's lower() depends on a locale."""
+    """Fold letter case (Unicode, D145) independently of a locale, unlike PostgreSQL's lower()."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", email).casefold())
 
 
 def _field(field: str, text: str) -> str:
-    label, most = field.replace("_", " "), MAX_LENGTHS[field]
+    label, limit = field.replace("_", " "), MAX_LENGTHS[field]
     if INVISIBLE.fullmatch(text):
         raise InvalidField(field, f"{label} is required")
-    if len(text) > most:
-        raise InvalidField(field, f"{label} must be at most {most} characters")
+    if len(text) > limit:
+        raise InvalidField(field, f"{label} must be at most {limit} characters")
     if not text.isprintable():
         categories = {unicodedata.category(char) for char in text if char not in JOINERS}
         if categories & FORBIDDEN_CATEGORIES:
@@ -83,6 +83,6 @@ def _email(text: str) -> str:
         raise InvalidField("email", f"email is not valid: {error}") from error
 
 
-@functools.lru_cache(1024)  # most people's emails have one of a few domains
+@functools.lru_cache(1024)  # most emails share a few domains
 def _domain(text: str) -> str:
     return validate_email(f"x@{text}", check_deliverability=False).domain

@@ -1,4 +1,4 @@
-"""The HTTP contract: endpoints, and what each failure looks like to a client."""
+"""The HTTP contract: the endpoints, and the response to each failure."""
 
 import json
 from functools import partial
@@ -14,12 +14,12 @@ from werkzeug import exceptions
 from .database import Database
 from .validation import InvalidBody, InvalidField, parse_signup
 
-# The status, the error_type of the metrics, and what the client is told.
+# The status, the metrics' error_type, and the message to the client.
 ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     InvalidBody: (400, "invalid_json", "invalid request body"),
-    exceptions.HTTPException: (400, "invalid_json", "invalid request body"),  # any other
+    exceptions.HTTPException: (400, "invalid_json", "invalid request body"),  # any not listed here
     exceptions.RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
-    InvalidField: (400, "validation", ""),  # it brings its own message
+    InvalidField: (400, "validation", ""),  # the exception contains the message
     exceptions.Conflict: (409, "duplicate_email", "email already exists"),
     exceptions.MethodNotAllowed: (405, "invalid_method", "method not allowed"),
     exceptions.NotFound: (404, "", "not found"),
@@ -35,12 +35,12 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     app.url_map.merge_slashes = False
 
     @app.before_request
-    def take_paths_as_they_are() -> None:
-        # werkzeug puts a slash in front of a path, or takes several for one.
+    def reject_rewritten_paths() -> None:
+        # werkzeug adds a missing leading slash, and merges repeated ones.
         if request.environ["PATH_INFO"] != request.path:
             raise exceptions.NotFound
 
-    # Flask would answer OPTIONS by itself; the contract says 405.
+    # Flask would answer OPTIONS; the contract requires 405.
     @app.post("/signup", provide_automatic_options=False)
     def signup() -> Response:
         user = database.insert_user(parse_signup(_body(max_body_bytes)))
@@ -70,7 +70,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         return _json({"status": "ok"})
 
     def failed(status: int, error_type: str, message: str, error: Exception) -> Response:
-        g.error_type = error_type  # for the hook that counts it
+        g.error_type = error_type  # counted by the after-request hook in metrics.py
         response = _json({"error": message}, status)
         if isinstance(error, InvalidField):
             g.field, what = error.args
@@ -82,7 +82,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         if error_type == "database":
             database.report(error)
         elif error_type == "internal":
-            g.unexpected = error  # for the log
+            g.unexpected = error  # logged with its traceback in logs.py
         return response
 
     for kind, answer in ERRORS.items():
@@ -90,13 +90,13 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
 
 
 def _body(limit: int) -> bytes:
-    # Past werkzeug, which says nothing when it cuts a body off, or when the end of one is missing.
-    length = int(request.environ.get("CONTENT_LENGTH") or 0)  # chunks announce none
+    # Bypass werkzeug, which silently truncates a long body and accepts an incomplete one.
+    length = int(request.environ.get("CONTENT_LENGTH") or 0)  # absent from a chunked request
     if length > limit:
         raise exceptions.RequestEntityTooLarge
     try:
         body: bytes = request.environ["wsgi.input"].read(length or limit + 1)
-    except (OSError, ParseException) as error:  # chunks that break the rules
+    except (OSError, ParseException) as error:  # malformed chunks
         raise InvalidBody from error
     if len(body) > limit:
         raise exceptions.RequestEntityTooLarge

@@ -57,4 +57,4 @@ def test_it_says_when_nobody_answers() -> None:
     command = ["make", "load-test-smoke", "HOST=http://127.0.0.1:1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "nobody answers at http://127.0.0.1:1" in done.stderr
+    assert "no response from http://127.0.0.1:1" in done.stderr
