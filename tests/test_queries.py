@@ -58,72 +58,70 @@ def answers(watched: Watched) -> dict[str, object]:
     errors = sum(ERRORS.values()) - ERRORS["invalid_method"]
     idle = now.get_value("database_connections", state="idle")
     return {
-        "Successful signups a second": CODES["201"] / 60,
-        "Requests a second, whatever their outcome": ALL / 60,
-        "Requests a minute": ALL,
+        "Successful signups per second": CODES["201"] / 60,
+        "Requests per second, all outcomes": ALL / 60,
+        "Requests per minute": ALL,
         "Signups of the last hour": CODES["201"],
         "Signups of the last 24 hours": TODAY,
-        "Progress to 1,000 signups in 24 hours, in percent": TODAY / 10,
-        "Requests a second by status code": {code: n / 300 for code, n in CODES.items()},
-        "Traffic as a multiple of that of an hour ago": ALL / 300 / HOUR_AGO,
-        "Requests being worked on now": WAITING,
+        "Progress toward 1,000 signups in 24 hours, in percent": TODAY / 10,
+        "Requests per second by status code": {code: n / 300 for code, n in CODES.items()},
+        "Traffic as a multiple of that an hour ago": ALL / 300 / HOUR_AGO,
+        "Requests in flight": WAITING,
         "Median latency, in seconds": quantile(now, 0.5, duration, status_code=no_405),
         "p95 latency, in seconds": quantile(now, 0.95, duration, status_code=no_405),
-        "p99 latency, the outliers, in seconds": quantile(now, 0.99, duration, status_code=no_405),
+        "p99 latency, in seconds": quantile(now, 0.99, duration, status_code=no_405),
         "Average latency, in seconds": average(now, duration, CODES.keys() - {"405"}),
         "p95 latency of successful signups, in seconds": quantile(
             now, 0.95, duration, status_code="201"
         ),
-        "p95 latency of failures of the server, to compare with it, in seconds": quantile(
+        "p95 latency of server errors, in seconds": quantile(
             now, 0.95, duration, status_code="500"
         ),
         "p95 latency by status code, in seconds": {
             code: quantile(now, 0.95, duration, status_code=code) for code in codes
         },
-        "Error rate, in percent of the requests": 100 * errors / SIGNUPS,
-        "The three most frequent errors, a second": {
+        "Error rate, in percent of requests": 100 * errors / SIGNUPS,
+        "The three most frequent errors, per second": {
             name: rate[name] for name in ("validation", "duplicate_email", "database")
         },
-        "Errors a second by type, the most frequent first": rate | {"internal": 0},
+        "Errors per second by type, the most frequent first": rate | {"internal": 0},
         "Errors of the last hour by type": ERRORS | {"internal": 0},
-        "Validation errors a second": rate["validation"],
-        "Validation errors, in percent of the requests": 100 * ERRORS["validation"] / SIGNUPS,
-        "Database errors a second": rate["database"],
-        "Attempts a second with a registered email, as bots make them": 5 * rate["duplicate_email"],
-        "Errors of the client a second": (sum(ERRORS.values()) - ERRORS["database"]) / 300,
-        "Errors of the server a second": ERRORS["database"] / 300,
-        "Success rate, in percent of the requests": 100 * CODES["201"] / SIGNUPS,
-        "Success rate as a multiple of that of an hour ago": (
+        "Validation errors per second": rate["validation"],
+        "Validation errors, in percent of requests": 100 * ERRORS["validation"] / SIGNUPS,
+        "Database errors per second": rate["database"],
+        "Attempts per second with a registered email, a sign of bots": 5 * rate["duplicate_email"],
+        "Client errors per second": (sum(ERRORS.values()) - ERRORS["database"]) / 300,
+        "Server errors per second": ERRORS["database"] / 300,
+        "Success rate, in percent of requests": 100 * CODES["201"] / SIGNUPS,
+        "Success rate as a multiple of that an hour ago": (
             CODES["201"] / SIGNUPS / (PAST["201"] / HOUR_AGO)
         ),
-        "Connection pool in use, in percent, of the replica that has the least left": WAITING * 4,
-        "Connection pool in use, in percent of all replicas' connections": WAITING * 4,
+        "Connection pool usage of the busiest replica, in percent": WAITING * 4,
+        "Connection pool usage of all replicas, in percent": WAITING * 4,
         "Connections by state": {"in_use": WAITING, "idle": idle},
-        "Open connections that are idle": idle,
-        "Connections that could still be taken, opened already or not": 25 - WAITING,
-        "Changes of the number of open connections in 5 minutes, at least: the pool's churn": (
+        "Idle connections": idle,
+        "Available connections, open or not yet opened": 25 - WAITING,
+        "Pool churn: changes of the number of open connections in 5 minutes, a lower bound": (
             lambda changes: changes >= 2  # opened, ended when the role changed, and opened again
         ),
-        "p95 of the wait for a connection, in seconds": quantile(
-            now, 0.95, "database_pool_wait_seconds"
-        ),
-        "Requests of the last hour that got no connection in time": 0,
-        "CPU of all replicas' processes, in percent of one core": lambda cpu: 0 < cpu < 200,
-        "Memory of all replicas' processes, in MiB": lambda memory: 50 < memory < 1000,
+        "p95 wait for a connection, in seconds": quantile(now, 0.95, "database_pool_wait_seconds"),
+        "Pool timeouts of the last hour": 0,
+        "CPU of all replicas, in percent of one core": lambda cpu: 0 < cpu < 200,
+        "Memory of all replicas, in MiB": lambda memory: 50 < memory < 1000,
         "CPU by container, in percent of one core": dict.fromkeys(CONTAINERS, 100 * CPU),
         "Memory by container, in MiB": dict.fromkeys(CONTAINERS, MEMORY),
-        "Bytes received a second, by container": dict.fromkeys(CONTAINERS, RECEIVED),
-        "p95 of the insert, in seconds": quantile(now, 0.95, query),
-        "Average query, in seconds": average(now, query),
-        "What the application adds to the p95 of the database, in seconds": (
+        "Bytes received per second, by container": dict.fromkeys(CONTAINERS, RECEIVED),
+        "p95 of the INSERT, in seconds": quantile(now, 0.95, query),
+        "Average query time, in seconds": average(now, query),
+        "p95 of requests minus p95 of queries, the application's share, in seconds": (
             quantile(now, 0.95, duration, status_code="201|409") - quantile(now, 0.95, query)
         ),
-        "The fields with the most errors, per second, averaged over the last hour": {
+        "The fields with the most errors, per second over the last hour": {
             field: count / 3600 for field, count in FIELDS.items()
         },
-        "Errors of the email a second": FIELDS["email"] / 300,
-        "Errors of the email, in percent of the requests": 100 * FIELDS["email"] / SIGNUPS,
-        "Errors of the last 24 hours by field": FIELDS,
+        "Invalid emails per second": FIELDS["email"] / 300,
+        "Invalid emails, in percent of requests": 100 * FIELDS["email"] / SIGNUPS,
+        "Validation errors of the last 24 hours by field": FIELDS,
         "Availability budget left, in percent": {
             "signup-server": 100 * (1 - CODES["500"] / SIGNUPS / 0.001)
         },
