@@ -29,7 +29,7 @@ test: $(READY) ## Every test
 
 test-quick: $(READY) ## Units, the contract, and the service run once: for the loop while coding
 	$(PYTEST) -m "not needs" $(QUICK:%=tests/test_%.py) \
-		tests/test_end_to_end.py::test_the_guides_traffic_and_concurrent_clients
+		tests/test_end_to_end.py::test_guide_and_concurrent_traffic_counts_exactly
 
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check
