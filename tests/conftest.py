@@ -1,4 +1,4 @@
-"""Fixtures: one PostgreSQL for all tests, and a database and a service for each module."""
+"""Fixtures: one PostgreSQL per pytest process, one database and one service per module."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def url(postgres: Postgres) -> str:
-    """Of an empty database."""
+    """Create an empty database and return its URL."""
     return postgres.new_database()
 
 
@@ -29,7 +29,7 @@ def database_url(postgres: Postgres) -> str:
 
 @pytest.fixture(scope="module")
 def service(database_url: str) -> Iterator[Service]:
-    """Four workers, which end a stuck statement soon, and whose pool is sampled often."""
+    """Start four workers with a 2 s statement timeout and a pool sampled every 50 ms."""
     with Service(
         DATABASE_URL=database_url,
         WEB_CONCURRENCY="4",
@@ -46,11 +46,11 @@ def watched(postgres: Postgres) -> Iterator[Watched]:
         yield watched
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell pytest-xdist what stays in one process: all that uses `watched`, else a whole file.
+    """Keep tests in one pytest-xdist process: all that use `watched`, else those of one file.
 
-    A test without fixtures, or with a database of its own, runs in whichever process is free.
+    A test without fixtures, or with its own database, runs in any free process.
     """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that is marked with `needs` where one of the programs is missing."""
+    """Skip a test marked with `needs` if one of its programs is missing."""
     for mark in item.iter_markers("needs"):
         if reason := missing(*mark.args):
             pytest.skip(reason)

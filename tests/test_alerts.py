@@ -1,4 +1,4 @@
-"""Alerts on their way: from a real cause through Prometheus to Alertmanager, and what it mutes."""
+"""Alerts from a real cause through Prometheus to Alertmanager, and its inhibition."""
 
 import re
 
@@ -10,7 +10,7 @@ from drills.alerts import Deployment
 from testbed import ROOT, wait_until
 from testbed.monitoring import Alertmanager
 
-PAIRS = {  # of a warning and its critical sibling
+PAIRS = {  # a warning and the critical alert that inhibits it
     "SignupSlowLatency": "SignupVerySlowLatency",
     "SignupSlowDatabaseQueries": "SignupVerySlowDatabaseQueries",
     "SignupDatabaseConnectionsElevated": "SignupDatabaseConnectionsHigh",
@@ -21,8 +21,8 @@ PAIRS = {  # of a warning and its critical sibling
 
 
 @pytest.mark.needs("prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter", "nginx")
-def test_causes_fire_alerts_which_end_with_them() -> None:
-    """The short form of `make alert-drill`."""
+def test_alerts_fire_with_their_cause_and_resolve_after_it() -> None:
+    """A short `make alert-drill`."""
     with Deployment() as deployment:
         for cause, caused in {
             "database stopped": [
@@ -36,7 +36,7 @@ def test_causes_fire_alerts_which_end_with_them() -> None:
             assert [report.alert for report in deployment.run(cause, caused)] == caused
         wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
         prometheus, alertmanager = deployment.prometheus, deployment.alertmanager
-        # Names that neither has would make alerts that never fire.
+        # An alert on a metric that neither exposes would never fire.
         pages = [requests.get(f"{each.url}/metrics").text for each in (prometheus, alertmanager)]
         rules = (ROOT / "prometheus/rules/monitoring.yml").read_text()
         for name in re.findall(r"\b(?:prometheus|alertmanager)_\w+", rules):
@@ -48,8 +48,8 @@ def test_causes_fire_alerts_which_end_with_them() -> None:
 
 
 @pytest.mark.needs("prometheus-alertmanager")
-def test_what_says_less_is_suppressed() -> None:
-    """Warnings by their critical siblings, and everything on a job by SignupServiceDown."""
+def test_redundant_alerts_are_inhibited() -> None:
+    """A critical alert inhibits its warning; SignupServiceDown inhibits all others of its job."""
     files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
     rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
     alerts = {rule["alert"]: rule["labels"] for rule in rules if "alert" in rule}
@@ -60,7 +60,7 @@ def test_what_says_less_is_suppressed() -> None:
         requests.post(f"{alertmanager.url}/api/v2/alerts", json=body).raise_for_status()
 
     def suppressed() -> set[str]:
-        """Those in production."""
+        """Return the names of the suppressed alerts in production."""
         found = alertmanager.get("/api/v2/alerts", filter='namespace="production"')
         return {a["labels"]["alertname"] for a in found if a["status"]["state"] == "suppressed"}
 

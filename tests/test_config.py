@@ -1,4 +1,4 @@
-"""Wrong settings stop the start with a line each; right ones are taken as they are."""
+"""Invalid settings stop the start with one line each; valid settings are used as given."""
 
 import subprocess
 
@@ -28,7 +28,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: str) -> None:
+def test_invalid_value_is_reported_with_the_allowed_values(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_env({name: value})
     message = str(caught.value)
@@ -36,7 +36,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: str) -> N
     assert "\n" not in message
 
 
-def test_every_mistake_has_a_line() -> None:
+def test_each_invalid_setting_gets_its_own_line() -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_env({"PORT": "x", "LOG_LEVEL": "y", "MAX_BODY_BYTES": "z"})
     lines = str(caught.value).splitlines()
@@ -54,7 +54,7 @@ def test_every_mistake_has_a_line() -> None:
         "host=localhost password=s3cret",
     ],
 )
-def test_a_wrong_url_is_not_shown(url: str) -> None:
+def test_invalid_url_is_not_shown(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_env({"DATABASE_URL": url})
     assert str(caught.value) == (
@@ -65,7 +65,7 @@ def test_a_wrong_url_is_not_shown(url: str) -> None:
 
 @pytest.mark.parametrize("unescaped", ["@", "/", "#", "%", "%zz", "@/", "/@", "#@", "%/%"])
 @pytest.mark.parametrize("place", ["user:s3{}cret", "user:{}s3cret", "user:s3cret{}", "s3{}cret:p"])
-def test_a_url_that_is_not_percent_encoded_is_not_shown(unescaped: str, place: str) -> None:
+def test_url_without_percent_encoding_is_not_shown(unescaped: str, place: str) -> None:
     url = f"postgresql://{place.format(unescaped)}@localhost:5432/signup"
     with pytest.raises(ConfigError) as caught:
         Config.from_env({"DATABASE_URL": url})
@@ -75,11 +75,11 @@ def test_a_url_that_is_not_percent_encoded_is_not_shown(unescaped: str, place: s
         assert part not in line
 
 
-def test_defaults_and_given_values() -> None:
-    config = Config.from_env({"PORT": ""})  # an empty variable is as one that is unset
+def test_given_values_replace_defaults() -> None:
+    config = Config.from_env({"PORT": ""})  # an empty variable counts as unset
     assert (config.port, config.database_url, config.prometheus_multiproc_dir) == (3000, "", "")
     assert (config.database_max_connections, config.max_body_bytes) == (25, 16384)
-    assert config.web_concurrency == 0  # one for each core
+    assert config.web_concurrency == 0  # one worker per core
     given = Config.from_env(
         {
             "PORT": "8080",
@@ -94,26 +94,26 @@ def test_defaults_and_given_values() -> None:
     assert given.log_level.lower() == "warning"
 
 
-def test_an_app_without_a_database_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_app_without_database_url_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABASE_URL", raising=False)
     with pytest.raises(ConfigError, match="DATABASE_URL is not set"):
         create_app()
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line, beside those of gunicorn's log, that says why."""
+    """Return the reason: the only line of standard error outside gunicorn's JSON log."""
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
     return line
 
 
-def test_gunicorn_refuses_with_the_line_alone() -> None:
+def test_refused_start_prints_one_line_per_invalid_setting() -> None:
     done = refused_start(PORT="http", DATABASE_URL="postgres://me:s3cret@[bad/db")
     lines = done.stderr.splitlines()
     assert [line.split()[0] for line in lines] == ["PORT:", "DATABASE_URL"]
     assert "s3cret" not in done.stderr + done.stdout
 
 
-def test_a_start_without_a_database_names_make_run() -> None:
+def test_start_without_database_url_suggests_make_run() -> None:
     line = refusal(refused_start())
     assert "make run" in line
     assert "DATABASE_URL" in line
@@ -126,13 +126,13 @@ def test_more_workers_than_connections_are_refused(postgres: Postgres) -> None:
     assert "26 workers" in line
 
 
-def test_no_more_workers_than_connections_by_default(url: str) -> None:
+def test_default_worker_count_is_at_most_the_connection_limit(url: str) -> None:
     with Service(DATABASE_URL=url, DATABASE_MAX_CONNECTIONS="1") as service:
         service.wait_for(database_connections_max=1)
         assert service.metrics().get_value("signup_workers") == 1
 
 
-def test_a_metrics_folder_that_cant_be_written(postgres: Postgres) -> None:
+def test_unusable_metrics_folder_is_refused(postgres: Postgres) -> None:
     done = refused_start(DATABASE_URL=postgres.url, PROMETHEUS_MULTIPROC_DIR="/dev/null/metrics")
     line = refusal(done)
     assert line.startswith("PROMETHEUS_MULTIPROC_DIR: ")
@@ -140,7 +140,7 @@ def test_a_metrics_folder_that_cant_be_written(postgres: Postgres) -> None:
     assert "'/dev/null/metrics'" in line
 
 
-# What percent-encoding leaves as it is, or need not be percent-encoded for libpq.
+# Percent-encoded, or accepted by libpq without percent-encoding.
 PASSWORDS = [
     "s3cret",
     "s3%40cret",
@@ -158,14 +158,14 @@ WITH_PASSWORD = ["postgresql://postgres:{}@/signup", "postgresql://postgres@/sig
 
 @pytest.mark.parametrize("password", PASSWORDS)
 @pytest.mark.parametrize("url", WITH_PASSWORD)
-def test_no_refusal_quotes_a_password(url: str, password: str) -> None:
+def test_config_error_contains_no_password(url: str, password: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_env({"DATABASE_URL": url.format(password)}, workers=26)
     assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", WITH_PASSWORD)
-def test_no_refused_start_prints_a_password(url: str) -> None:
+def test_refused_start_prints_no_password(url: str) -> None:
     url = url.format("s3:cret")
     for options, named in (([], url), ([f"--env=DATABASE_URL={url}"], "")):
         done = refused_start("--workers=26", *options, LOG_LEVEL="debug", DATABASE_URL=named)
@@ -174,10 +174,10 @@ def test_no_refused_start_prints_a_password(url: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["user", "parameter"])
-def test_no_log_line_holds_a_password(postgres: Postgres, how: str) -> None:
-    """Not of gunicorn's settings either, which it logs at this level."""
+def test_log_contains_no_password(postgres: Postgres, how: str) -> None:
+    """At level debug, gunicorn also logs its settings."""
     url = postgres.new_database()
-    url = url.replace(":right@", ":s3%40cret@")  # any password will do on this server
+    url = url.replace(":right@", ":s3%40cret@")  # this server accepts any password
     if how == "parameter":
         url = url.replace(":s3%40cret@", "@") + "&password=s3cret"
     with Service(f"--env=DATABASE_URL={url}", DATABASE_URL=url, LOG_LEVEL="debug") as service:

@@ -1,4 +1,4 @@
-"""The dashboards: Grafana's own types, the guide's panels, and every query on real data."""
+"""The dashboards: Grafana's types, the guide's panels, and every query on real data."""
 
 import configparser
 import json
@@ -37,7 +37,7 @@ PANELS = {
     for name, dashboard in DASHBOARDS.items()
     for panel in dashboard["panels"]
 }
-# The guide's panels, their types, and the values from which on they have another colour.
+# The guide's panels: type, and the thresholds at which the colour changes.
 GUIDE = {
     ("overview", "Signups/sec"): ("stat", []),
     ("overview", "Success Rate"): ("stat", [("red", None), ("yellow", 90), ("green", 95)]),
@@ -68,7 +68,7 @@ GUIDE = {
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its path, but not the lists and objects that they are in."""
+    """Yield the path and value of every scalar."""
     if isinstance(value, dict):
         for key, child in value.items():
             yield from leaves(child, f"{path}.{key}")
@@ -80,7 +80,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_grafanas_types_keep_everything(name: str) -> None:
+def test_grafanas_types_keep_every_value(name: str) -> None:
     register_default_plugins()
     typed = Dashboard.from_json(DASHBOARDS[name])
     back = dict(leaves(json.loads(JSONEncoder().encode(typed))))
@@ -89,7 +89,7 @@ def test_grafanas_types_keep_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_panels_say_what_they_are(name: str) -> None:
+def test_panels_have_a_description_unit_legend_and_job_selector(name: str) -> None:
     dashboard = DASHBOARDS[name]
     source = {"type": "prometheus", "uid": "${datasource}"}
     assert dashboard["description"]
@@ -101,7 +101,7 @@ def test_panels_say_what_they_are(name: str) -> None:
         assert "unit" in defaults or panel["type"] == "table", title
         for target in panel["targets"]:
             assert target["datasource"] == source, title
-            # What is shown of a series is a name, and not all of its labels.
+            # A series is shown by a name, not by all of its labels.
             assert target["legendFormat"] or panel["type"] == "table", title
             names = re.findall(
                 r"\b((?:signup|database|process|scrape)_\w+|up|job:\w+:\w+)\b(?!\.)({.*?})?",
@@ -115,7 +115,7 @@ def test_panels_say_what_they_are(name: str) -> None:
             assert names or containers or "ALERTS" in target["expr"], title
 
 
-def test_names_are_unique_and_panels_do_not_overlap() -> None:
+def test_ids_and_titles_are_unique_and_panels_do_not_overlap() -> None:
     assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
     assert len({dashboard["title"] for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
     for dashboard in DASHBOARDS.values():
@@ -132,14 +132,14 @@ def test_names_are_unique_and_panels_do_not_overlap() -> None:
             cells |= taken
 
 
-def test_each_dashboard_has_what_all_have() -> None:
+def test_dashboards_share_tag_link_variables_and_annotation() -> None:
     for dashboard in DASHBOARDS.values():
         assert dashboard["tags"] == ["signup"]
         (link,) = dashboard["links"]
         assert (link["type"], link["tags"]) == ("dashboards", ["signup"])
         variables = {v["name"]: v for v in dashboard["templating"]["list"]}
         assert variables["datasource"]["query"] == "prometheus"
-        for name in ("job", "namespace"):  # one at a time, so that two never mix
+        for name in ("job", "namespace"):  # single choice: series of two jobs never mix
             assert not variables[name]["multi"]
             assert not variables[name]["includeAll"]
         assert list(variables)[:4] == ["datasource", "job", "namespace", "instance"]
@@ -149,7 +149,7 @@ def test_each_dashboard_has_what_all_have() -> None:
         assert "process_start_time_seconds" in restarts["expr"]
 
 
-def test_the_guides_panels_are_there() -> None:
+def test_guide_panels_have_their_types_and_thresholds() -> None:
     for key, (kind, steps) in GUIDE.items():
         panel = PANELS[key]
         assert panel["type"] == kind, key
@@ -161,7 +161,7 @@ def test_the_guides_panels_are_there() -> None:
         assert panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
 
 
-def test_provisioning_fits_the_rest() -> None:
+def test_provisioning_matches_the_dashboards_and_prometheus() -> None:
     def read(path: str) -> Any:
         content = yaml.safe_load((ROOT / path).read_text())
         assert content.pop("apiVersion", 1) == 1
@@ -184,7 +184,7 @@ def test_provisioning_fits_the_rest() -> None:
 
 
 def run(watched: Watched, target: dict[str, Any], time: float) -> dict[str, list[float]]:
-    """What the panel gets, as it asks: at `time`, or for the minute until then."""
+    """Return what the panel shows: values at `time`, or of the minute before it."""
     series = ask(watched.prometheus, time - 60, time, rate_interval="1m")(target)
     return {name: [value for _, value in samples] for name, samples in series.items()}
 
@@ -211,7 +211,7 @@ def test_queries_have_data(panel: dict[str, Any], target: dict[str, Any], watche
 
 @pytest.mark.needs("prometheus", "promtool")
 @pytest.mark.parametrize(("panel", "target"), TARGETS)
-def test_an_idle_service_has_no_panel_without_data(
+def test_idle_panels_show_data_or_a_no_data_text(
     panel: dict[str, Any], target: dict[str, Any], watched: Watched
 ) -> None:
     result = run(watched, target, watched.idle)
@@ -225,7 +225,7 @@ def test_an_idle_service_has_no_panel_without_data(
 
 
 @pytest.mark.needs("prometheus", "promtool")
-def test_a_restart_is_annotated_for_a_minute(watched: Watched) -> None:
+def test_restart_is_annotated_for_one_minute(watched: Watched) -> None:
     for dashboard in DASHBOARDS.values():
         (restarts,) = dashboard["annotations"]["list"]
         query = chosen(restarts["expr"])
@@ -235,7 +235,7 @@ def test_a_restart_is_annotated_for_a_minute(watched: Watched) -> None:
 
 
 @pytest.mark.needs("prometheus", "promtool")
-def test_single_values_are_what_was_sent(watched: Watched) -> None:
+def test_single_value_panels_match_the_traffic_sent(watched: Watched) -> None:
     samples = watched.samples
     expected = {
         "Signups/sec": CODES["201"] / 60,
@@ -265,7 +265,7 @@ def test_single_values_are_what_was_sent(watched: Watched) -> None:
     }
     single = {title: values[0] for title, result in values.items() for values in result.values()}
     assert single.pop("Firing Alerts") >= 1
-    assert single.pop("Pool Churn (5 min)") >= 2  # opened, and ended when the database was refused
+    assert single.pop("Pool Churn (5 min)") >= 2  # opened, then closed by the fault
     assert single == pytest.approx(expected, rel=0.05)
 
 
@@ -279,7 +279,7 @@ def size_of(picture: Path) -> tuple[int, int]:
 
 @pytest.mark.needs("prometheus", "promtool")
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_previews_have_the_layout_of_the_dashboards(
+def test_previews_have_the_size_of_the_dashboards(
     name: str, watched: Watched, tmp_path: Path
 ) -> None:
     query = ask(watched.prometheus, watched.now - 60, watched.now, rate_interval="1m")

@@ -1,4 +1,4 @@
-"""The database layer under faults: bounded waiting, clear errors, nothing lost, and recovery."""
+"""The database layer under faults: bounded waits, clear errors, no lost signups, recovery."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def fragile(fragile_url: str) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_answered_counted_logged_and_survived(
+def test_service_answers_counts_logs_and_survives_a_fault(
     server: Postgres, fragile_url: str, fragile: Service, fault: str
 ) -> None:
     if fault == "disk full" and not which("prlimit"):
@@ -53,7 +53,7 @@ def test_a_fault_is_answered_counted_logged_and_survived(
     assert report.readyz == (200 if answering else 503)
 
 
-def test_what_was_acknowledged_survives_a_kill(
+def test_acknowledged_signups_survive_a_killed_postgresql(
     server: Postgres, fragile_url: str, fragile: Service
 ) -> None:
     acknowledged, missing = durability_drill(fragile, server, fragile_url, signups=300)
@@ -62,7 +62,7 @@ def test_what_was_acknowledged_survives_a_kill(
 
 
 @pytest.mark.parametrize("how", ["restart", "terminate"])
-def test_the_first_request_after_lost_connections_is_stored(
+def test_first_signups_after_lost_connections_return_201(
     server: Postgres, fragile_url: str, fragile: Service, how: str
 ) -> None:
     with ThreadPoolExecutor(8) as executor, locked_table(server.admin_url(fragile_url)):
@@ -78,7 +78,7 @@ def test_the_first_request_after_lost_connections_is_stored(
         assert fragile.signup(json=user(f"{how}-again{n}")).status_code == 201
 
 
-def test_an_insert_outlives_a_migration(url: str) -> None:
+def test_signup_works_after_a_column_type_change(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
         assert service.signup(json=user("before")).status_code == 201
         execute(url, "ALTER TABLE users ALTER first_name TYPE varchar(100)")
@@ -87,7 +87,7 @@ def test_an_insert_outlives_a_migration(url: str) -> None:
             assert service.signup(json=user(f"AFTER{n}")).status_code == 409
 
 
-def test_a_connection_whose_first_insert_failed_goes_on(url: str) -> None:
+def test_connection_works_after_its_first_insert_failed(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="1") as service:
         execute(url, "ALTER TABLE users ADD CHECK (last_name <> 'Refused')")
         assert service.signup(json=USER | {"last_name": "Refused"}).status_code == 500
@@ -95,7 +95,7 @@ def test_a_connection_whose_first_insert_failed_goes_on(url: str) -> None:
             assert service.signup(json=user(f"after{n}")).status_code == 201
 
 
-def test_metrics_and_health_are_answered_while_signups_wait(url: str) -> None:
+def test_metrics_and_healthz_respond_while_signups_wait(url: str) -> None:
     waiting = 40
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service,
@@ -108,7 +108,7 @@ def test_metrics_and_health_are_answered_while_signups_wait(url: str) -> None:
         assert [request.result().status_code for request in requests] == [201] * waiting
 
 
-def test_a_statement_of_unknown_fate_is_not_repeated(
+def test_insert_with_unknown_outcome_is_not_retried(
     server: Postgres, fragile_url: str, fragile: Service
 ) -> None:
     with ThreadPoolExecutor(1) as executor, locked_table(server.admin_url(fragile_url)):
@@ -121,7 +121,7 @@ def test_a_statement_of_unknown_fate_is_not_repeated(
     assert execute(fragile_url, "SELECT 1 FROM users WHERE email = 'unknown@example.com'") == []
 
 
-def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
+def test_connections_are_reused_and_stay_within_the_budget(server: Postgres) -> None:
     url = server.new_database()
     with Service(
         DATABASE_URL=url,
@@ -133,8 +133,8 @@ def test_the_budget_holds_and_connections_are_kept(server: Postgres) -> None:
             wait_until(lambda: service.answers.total() > 200)
             first = server.connections(url)
             wait_until(lambda: service.answers.total() > 500)
-            assert server.connections(url) == first  # none was closed and opened again
-            service.process.send_signal(signal.SIGHUP)  # old and new workers at once
+            assert server.connections(url) == first  # no connection was reopened
+            service.process.send_signal(signal.SIGHUP)  # old and new workers overlap
             while service.boots() < 4 or service.answers.total() < 800:
                 most = max(most, len(server.connections(url)))
                 now = service.metrics()
@@ -169,21 +169,21 @@ CREATE UNIQUE INDEX users_email_key ON users (lower(email));
 """
 
 
-def test_a_table_of_older_versions_is_carried_over(postgres: Postgres) -> None:
+def test_table_of_an_older_version_is_migrated(postgres: Postgres) -> None:
     url = postgres.new_database(locale="C")
     execute(url, OLDER_TABLE)
     old = "INSERT INTO users (email, first_name, last_name)"
     execute(
         url, f"{old} SELECT 'N' || n || '@example.com', 'A', 'B' FROM generate_series(1, 2500) n"
     )
-    # In locale C, the index did not see that these are one.
+    # In locale C, the old index treats these two as different emails.
     execute(url, f"{old} VALUES ('JOSÉ@example.com', 'A', 'B'), ('josé@example.com', 'C', 'D')")
     before = execute(url, "SELECT id, email, first_name, last_name FROM users ORDER BY id")
-    for _ in range(2):  # and again, where nothing is left to do
+    for _ in range(2):  # the second start finds nothing to migrate
         with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
             for email in ("n7@example.com", "N2500@EXAMPLE.com", "JosÉ@example.com"):
                 assert service.signup(json=USER | {"email": email}).status_code == 409
-            # An older instance may go on beside this one: its INSERT still works.
+            # The INSERT of an older instance, which may still run, keeps working.
             email = f"OLD{time.monotonic_ns()}@example.com"
             conflict = "ON CONFLICT (lower(email)) DO NOTHING"
             execute(url, f"{old} VALUES ('{email}', 'A', 'B') {conflict}")
@@ -196,9 +196,7 @@ def test_a_table_of_older_versions_is_carried_over(postgres: Postgres) -> None:
 
 
 @pytest.mark.parametrize("locale", ["C", "builtin C.UTF-8", "tr_TR.utf8"])
-def test_one_email_is_one_account_in_any_letter_case_and_locale(
-    postgres: Postgres, locale: str
-) -> None:
+def test_email_is_unique_in_any_letter_case_and_locale(postgres: Postgres, locale: str) -> None:
     url = postgres.new_database(locale=locale)
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
         for spellings in (
@@ -209,25 +207,25 @@ def test_one_email_is_one_account_in_any_letter_case_and_locale(
         ):
             statuses = [service.signup(json=USER | {"email": e}).status_code for e in spellings]
             assert statuses == [201] + [409] * (len(spellings) - 1)
-        # What is stored and answered is the email as it was typed.
+        # The email is stored as typed.
         stored = execute(url, "SELECT email FROM users ORDER BY id")
         assert stored[0] == ("MIKE@example.com",)
 
 
-def test_a_database_that_is_not_utf8_is_refused(postgres: Postgres) -> None:
+def test_database_with_another_encoding_than_utf8_is_refused(postgres: Postgres) -> None:
     done = refused_start(DATABASE_URL=postgres.new_database(encoding="SQL_ASCII"))
     line = "the database can't be used: its encoding is not UTF8"
     assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == [line]
 
 
-def test_a_start_without_the_database_fails_with_a_clear_line() -> None:
+def test_start_with_unreachable_database_fails_with_one_line() -> None:
     done = refused_start(DATABASE_URL="postgresql://signup:s3cret@127.0.0.1:1/signup")
     line = "the database can't be used: OperationalError: Connection refused"
     assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == [line]
     assert "s3cret" not in done.stdout + done.stderr
 
 
-def test_an_answer_that_has_come_counts_after_a_pause(server: Postgres) -> None:
+def test_result_that_arrives_during_a_pause_beyond_the_deadline_counts(server: Postgres) -> None:
     url, seconds = server.new_database(), 1
     with (
         Service(
@@ -242,18 +240,18 @@ def test_an_answer_that_has_come_counts_after_a_pause(server: Postgres) -> None:
             sent = time.monotonic()
             os.kill(worker, signal.SIGSTOP)
         wait_until(lambda: execute(url, "SELECT id FROM users"))
-        wait_until(lambda: time.monotonic() > sent + seconds + GRACE)  # the worker's time is up
+        wait_until(lambda: time.monotonic() > sent + seconds + GRACE)  # beyond the deadline
         os.kill(worker, signal.SIGCONT)
         assert answer.result().status_code == 201
         service.check_equalities(1)
 
 
 def waits_for_the_lock(url: str) -> bool:
-    """Whether a statement of the role of `url` does."""
+    """Return whether a statement of the role of `url` waits for a lock."""
     return bool(execute(url, "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
 
-def test_who_waits_first_is_served_first(url: str) -> None:
+def test_waiting_requests_are_served_in_order(url: str) -> None:
     config = Config.from_env({"DATABASE_URL": url})
     pool = Pool(config, 1, Metrics(None, 1))
     served: list[str] = []
@@ -268,7 +266,7 @@ def test_who_waits_first_is_served_first(url: str) -> None:
             for number in range(3):
                 waits.append(executor.submit(use, f"waiter {number}"))
                 wait_until(lambda: len(pool._waiting) == len(waits))
-        use("newcomer")  # which asks before the others can have noticed
+        use("newcomer")  # asks before the waiters can wake up
         for wait in waits:
             wait.result()
     assert served == ["waiter 0", "waiter 1", "waiter 2", "newcomer"]

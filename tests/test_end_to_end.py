@@ -1,4 +1,4 @@
-"""The service as its users run it: gunicorn, several workers, many clients."""
+"""The service as users run it: gunicorn, several workers, many clients."""
 
 import contextlib
 import os
@@ -24,13 +24,13 @@ from testbed.service import Service, project_copy, user
 
 
 def guide_traffic() -> list[dict[str, str]]:
-    """The guide's section "Testing Your Metrics", its duplicate sent twice."""
+    """Return the signups of the guide's section "Testing Your Metrics", the duplicate twice."""
     john = {"first_name": "John", "last_name": "Doe"}
     jane = {"email": "duplicate@example.com", "first_name": "Jane", "last_name": "Doe"}
     return [{"email": "test@example.com", **john}, {"email": "invalid", **john}, jane, jane]
 
 
-def test_the_guides_traffic_and_concurrent_clients(service: Service, database_url: str) -> None:
+def test_guide_and_concurrent_traffic_counts_exactly(service: Service, database_url: str) -> None:
     statuses = [service.signup(json=body).status_code for body in guide_traffic()]
     assert statuses == [201, 400, 201, 409]
 
@@ -38,7 +38,7 @@ def test_the_guides_traffic_and_concurrent_clients(service: Service, database_ur
     together = threading.Barrier(clients)
 
     def client(number: int) -> list[int]:
-        """Race the others for one email, then sign up well, badly and twice."""
+        """Race for one email, then send valid, duplicate and invalid signups."""
         with requests.Session() as session:
             mine = f"client{number}-{{}}@example.com"
             names = {"first_name": "A", "last_name": "B"}
@@ -59,7 +59,7 @@ def test_the_guides_traffic_and_concurrent_clients(service: Service, database_ur
     )
 
 
-def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> None:
+def test_instances_can_start_at_once_on_one_empty_database(postgres: Postgres) -> None:
     url = postgres.new_database()
     with ThreadPoolExecutor(4) as executor:
         services = [Service(DATABASE_URL=url, WEB_CONCURRENCY="1") for _ in range(4)]
@@ -72,12 +72,12 @@ def test_instances_that_start_at_once_share_a_database(postgres: Postgres) -> No
 
 @pytest.fixture(scope="module")
 def project() -> Iterator[Path]:
-    """A copy with an embedded PostgreSQL of its own, as `make run` starts it."""
+    """Copy the project; it starts its own embedded PostgreSQL, as under `make run`."""
     with project_copy() as project:
         yield project
 
 
-def test_an_embedded_database_outlives_the_service_and_harms_no_folder(project: Path) -> None:
+def test_embedded_database_keeps_its_data_and_leaves_folder_modes_alone(project: Path) -> None:
     folders = [project, *project.parents, Path(shutil.__file__).parent]
     before = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
     for status, stop in ((201, Service.press_ctrl_c), (409, Service.stop)):
@@ -93,7 +93,7 @@ def test_an_embedded_database_outlives_the_service_and_harms_no_folder(project: 
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == before
 
 
-def test_the_users_variables_for_other_databases_do_not_reach_the_embedded_one(
+def test_libpq_variables_of_the_user_do_not_reach_the_embedded_database(
     project: Path,
 ) -> None:
     with Service(
@@ -118,7 +118,7 @@ def test_the_users_variables_for_other_databases_do_not_reach_the_embedded_one(
             assert not [variable for variable in environ if variable.startswith(b"PG")]
 
 
-def test_two_services_share_an_embedded_database(project: Path) -> None:
+def test_embedded_database_runs_until_its_last_service_stops(project: Path) -> None:
     with Service(project=project) as second:
         with Service(project=project) as first:
             first.stop()
@@ -127,7 +127,7 @@ def test_two_services_share_an_embedded_database(project: Path) -> None:
     wait_until(lambda: not is_alive(pid))
 
 
-def test_no_server_is_left_when_the_port_is_taken(project: Path) -> None:
+def test_no_postgresql_is_left_running_when_the_port_is_taken(project: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(AssertionError, match="Address already in use"):
@@ -135,7 +135,7 @@ def test_no_server_is_left_when_the_port_is_taken(project: Path) -> None:
     assert not (home_for(project) / "data" / "postmaster.pid").exists()
 
 
-def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None:
+def test_ctrl_c_stops_workers_that_were_already_signalled(database_url: str) -> None:
     with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="4") as service:
         service.signup("GET")
         for pid in service.worker_pids():
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_workers_that_are_signalled_twice(database_url: str) -> None
 
 
 def descendants(pid: int) -> list[int]:
-    """Its children, theirs, and so on."""
+    """Return the process ids of all descendants."""
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 

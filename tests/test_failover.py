@@ -1,4 +1,4 @@
-"""Signups follow PostgreSQL to its new primary; several hosts, and what the URL says of them."""
+"""Failover to a new primary, several hosts, and the connection options of the URL."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def test_the_error_names_each_host_and_no_password(cluster: Cluster) -> None:
+def test_connection_error_names_each_host_and_no_password(cluster: Cluster) -> None:
     standby = urlsplit(cluster.standby.url).query.removeprefix("host=")
     with pytest.raises(psycopg2.OperationalError) as caught:
         opened(f"postgresql://postgres:s3cret@{standby},127.0.0.1:1,nowhere.invalid:1/postgres")
@@ -52,8 +52,8 @@ def test_signups_follow_the_primary(
     if scenario is silent:
         assert report.failed <= WORKERS
     else:
-        assert report.failed  # so there was a failover
-        # What was sent already may fail, one a client, and nothing that comes later.
+        assert report.failed  # proves that a failover took place
+        # Each client may lose the request it has already sent, but no later one.
         assert report.failed_again <= (CLIENTS if scenario.__name__ == "paused" else 0)
 
 
@@ -65,24 +65,24 @@ def relay(postgres: Postgres) -> Iterator[Relay]:
 
 @pytest.fixture
 def hanging(relay: Relay) -> Iterator[socket.socket]:
-    """A server that accepts and never answers: another address with the port of `relay`."""
+    """A server that accepts and never responds, with the port of `relay` on another address."""
     with socket.create_server(("127.0.0.2", relay.port)) as server:
         yield server
 
 
 def opened(url: str, seconds: float = 5) -> contextlib.closing[Connection]:
-    """A connection that is opened within so many seconds, and closed after the block."""
+    """Open a connection within `seconds`, and close it after the block."""
     config = Config.from_env({"DATABASE_URL": url})
     return contextlib.closing(connect(config, time.monotonic() + seconds))
 
 
-def test_a_host_that_hangs_is_passed_over(url: str, relay: Relay, hanging: socket.socket) -> None:
+def test_hanging_host_is_skipped(url: str, relay: Relay, hanging: socket.socket) -> None:
     both = address(url, relay, relay).replace("@127.0.0.1", "@127.0.0.2")
     with opened(both, seconds=1) as connection:
         assert connection.info.host == "127.0.0.1"
 
 
-def test_every_address_of_a_name_is_tried(
+def test_every_address_of_a_host_name_is_tried(
     url: str, relay: Relay, hanging: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = [(0, 0, 0, "", (number, 0)) for number in ("127.0.0.2", "127.0.0.1")]
@@ -91,7 +91,7 @@ def test_every_address_of_a_name_is_tried(
         assert connection.info.dsn_parameters["hostaddr"] == "127.0.0.1"
 
 
-def test_connect_timeout_is_honoured(url: str, relay: Relay, hanging: socket.socket) -> None:
+def test_connect_timeout_is_enforced(url: str, relay: Relay, hanging: socket.socket) -> None:
     alone = address(url, relay).replace("@127.0.0.1", "@127.0.0.2") + "?connect_timeout=1"
     with ThreadPoolExecutor(1) as executor:
         attempt = executor.submit(opened, alone, seconds=600)
@@ -103,7 +103,7 @@ def test_connect_timeout_is_honoured(url: str, relay: Relay, hanging: socket.soc
     ("options", "user_timeout", "idle"),
     [("", 15000, 30), ("?tcp_user_timeout=7000&keepalives_idle=11", 7000, 11)],
 )
-def test_the_network_may_forget_a_connection(
+def test_connections_use_keepalive_and_tcp_user_timeout(
     url: str, relay: Relay, options: str, user_timeout: int, idle: int
 ) -> None:
     with opened(address(url, relay) + options) as connection:
@@ -114,12 +114,12 @@ def test_the_network_may_forget_a_connection(
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
 
 
-def test_hosts_and_ports_that_do_not_match_are_refused() -> None:
+def test_mismatched_hosts_and_ports_are_refused() -> None:
     with pytest.raises(psycopg2.OperationalError, match="could not match 2 port numbers to 3"):
         opened("postgresql:///signup?host=a,b,c&port=1,2")
 
 
-def test_a_read_only_server_costs_every_connection_opened_before(url: str) -> None:
+def test_read_only_error_closes_every_connection_opened_before_it(url: str) -> None:
     pool = Pool(Config.from_env({"DATABASE_URL": url}), 4, Metrics(None, 1))
     with pool.connection(5) as busy:
         with pool.connection(5), pool.connection(5):

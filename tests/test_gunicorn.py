@@ -1,4 +1,4 @@
-"""gunicorn's settings do what gunicorn's manual says, or the start refuses them in one line."""
+"""gunicorn's settings work as its manual says, or the start refuses them with one line."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ ACCESS_FIELDS = {"time", "request_id", "method", "path", "status", "duration"}
 
 
 class Wrapped(Service):
-    """The service, started by a line of shell that finds the usual command in "$@"."""
+    """The service, started by a shell command that receives the usual command as "$@"."""
 
     def __init__(self, line: str, *options: str, project: Path = ROOT, **env: str) -> None:
         super().__init__(*options, project=project, **env)  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def project() -> Iterator[Path]:
 
 
 def sign_up(service: Service, name: str) -> None:
-    """Good, bad and duplicate signups of concurrent clients; each gets an answer."""
+    """Send valid, invalid and duplicate signups from concurrent clients; each gets a response."""
     answered = service.answers.total()
     with Signups(service, name=name) as load:
         wait_until(lambda: service.answers.total() > answered + 200)
@@ -66,7 +66,7 @@ def ask(client: socket.socket, path: str = "/healthz") -> None:
 
 
 def answer(client: socket.socket) -> HTTPResponse:
-    """The answer, all of it, whether or not the connection is kept."""
+    """Read one whole response, whether or not the connection stays open."""
     response = HTTPResponse(client)
     response.begin()
     response.read()
@@ -78,7 +78,7 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("options", [["gevent"], ["gthread", "--threads=4"], ["sync"]])
-def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> None:
+def test_every_worker_class_counts_exactly(url: str, options: list[str]) -> None:
     kind, *more = options
     with Service(f"--worker-class={kind}", *more, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         assert f"Using worker: {kind}" in service.log()
@@ -102,7 +102,7 @@ def test_every_kind_of_worker_counts_exactly(url: str, options: list[str]) -> No
         service.check_equalities(count_users(url))
 
 
-def test_keep_alive_0_closes_after_each_answer(url: str) -> None:
+def test_keep_alive_0_closes_after_each_response(url: str) -> None:
     with Service("--keep-alive=0", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         assert service.signup(json=USER).headers["Connection"] == "close"
         with connected(service) as client:
@@ -118,7 +118,7 @@ def test_keep_alive_1_closes_an_idle_connection(url: str) -> None:
         with connected(service) as client:
             ask(client)
             assert answer(client).headers["Connection"] == "keep-alive"
-            assert client.recv(1) == b""  # within this socket's time-out
+            assert client.recv(1) == b""  # within this socket's timeout
         assert service.signup(json=USER).status_code == 201
 
 
@@ -131,20 +131,20 @@ def test_max_requests_loses_no_request(url: str) -> None:
         assert service.metrics().get_value("signup_worker_starts_total") == service.boots()
 
 
-def test_the_access_log_is_a_json_line_a_request_on_standard_output(
+def test_access_log_on_standard_output_has_one_json_line_per_request(
     url: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "stdout"
     with Wrapped(
         f'exec "$@" >{output}', "--access-logfile=-", DATABASE_URL=url, WEB_CONCURRENCY="2"
     ) as service:
-        wait_until(lambda: len(output.read_text().splitlines()) == 1)  # the start's /healthz
+        wait_until(lambda: len(output.read_text().splitlines()) == 1)  # /healthz at the start
         check_access_lines(service, output)
         json_lines("\n".join(x for x in service.log().splitlines() if "signup service on" not in x))
         assert '"path"' not in service.log()
 
 
-def test_log_files_are_written_as_json_lines(url: str, tmp_path: Path) -> None:
+def test_log_files_contain_json_lines(url: str, tmp_path: Path) -> None:
     access, errors = tmp_path / "access", tmp_path / "errors"
     options = (f"--access-logfile={access}", f"--error-logfile={errors}")
     with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
@@ -163,7 +163,7 @@ def test_log_files_are_written_as_json_lines(url: str, tmp_path: Path) -> None:
 
 
 def check_access_lines(service: Service, file: Path) -> None:
-    """Each request below adds one line to `file`, which holds what it should and no more."""
+    """Check that each request adds one line to `file`, with the documented fields only."""
     known = len(file.read_text().splitlines())
     person = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
     headers = {"X-Request-ID": "mine-1", "User-Agent": "Agent/7", "Referer": "http://referer/"}
@@ -245,7 +245,7 @@ def test_preload_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("options", [(), (f"--chdir={ROOT}",)])
-def test_the_configuration_file_may_be_named_elsewhere(
+def test_configuration_file_works_from_another_folder(
     url: str, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     options = (*options, f"--config={CONFIG}")
@@ -255,14 +255,14 @@ def test_the_configuration_file_may_be_named_elsewhere(
         service.check_equalities(rows=1)
 
 
-def test_a_start_without_the_configuration_file_is_refused(url: str, tmp_path: Path) -> None:
+def test_start_without_the_configuration_file_is_refused(url: str, tmp_path: Path) -> None:
     options = (f"--pythonpath={ROOT}", "--no-control-socket")
     done = refused_start(*options, folder=tmp_path, DATABASE_URL=url)
     assert "gunicorn.conf.py was not read" in done.stderr
 
 
 def python_for(user: str) -> str:
-    """A Python of this version that `user` can run, or skip: this one may be in a closed folder."""
+    """Find a Python of this version that `user` can run, or skip: `user` may not reach this one."""
     code, version = "import sys; print(sys.version_info[:2])", str(sys.version_info[:2])
     for program in (sys.executable, "/usr/bin/python3"):
         with contextlib.suppress(OSError):
@@ -276,11 +276,11 @@ def python_for(user: str) -> str:
             )
             if found.stdout.strip() == version:
                 return program
-    pytest.skip(f"there is no Python {version} that {user} can run")
+    pytest.skip(f"needs a Python {version} that {user} can run")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change a worker's user")
-def test_workers_of_another_user_count_as_well(url: str, project: Path) -> None:
+def test_workers_of_another_user_count_exactly(url: str, project: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     python = python_for("nobody")
     for folder in (project.parent, project):
@@ -305,7 +305,7 @@ def test_workers_of_another_user_count_as_well(url: str, project: Path) -> None:
         service.check_equalities(count_users(url))
 
 
-def test_a_unix_socket(url: str) -> None:
+def test_signups_over_a_unix_socket_are_counted(url: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = f"{folder}/signup.sock"
         with Service(f"--bind=unix:{path}", DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
@@ -322,7 +322,7 @@ def test_a_unix_socket(url: str) -> None:
             service.check_equalities(rows=1)
 
 
-def test_worker_connections_holds_further_ones_back(url: str) -> None:
+def test_worker_connections_limits_accepted_connections(url: str) -> None:
     with (
         Service("--worker-connections=5", DATABASE_URL=url, WEB_CONCURRENCY="1") as service,
         contextlib.ExitStack() as stack,
@@ -388,14 +388,14 @@ def test_hup_loses_no_request(url: str) -> None:
         service.check_equalities(count_users(url))
 
 
-def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
+def test_usr2_upgrade_keeps_the_metrics_folders_apart(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         service.signup(json=USER)
         service.wait_for(signup_workers=2)
         folder, old = service.metrics_folder(), service.worker_pids()
         service.process.send_signal(signal.SIGUSR2)
         wait_until(lambda: service.log().count("signup service on") == 2 and service.boots() == 4)
-        # The new master is a child of the old one, and not one of its workers. Both answer.
+        # The new master is a child of the old one, but not a worker. Both serve requests.
         wait_until(
             lambda: all(service.metrics().get_value("signup_workers") == 2 for _ in range(10))
         )
@@ -408,7 +408,7 @@ def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
             assert now.total("signup_requests_total") == 0
             assert now.get_value("signup_workers") == 2
         assert service.signup(json=USER).status_code == 409
-        # It has taken over: it replaces its workers, and ends as the old one did.
+        # The new master has taken over: it replaces its workers, and stops as the old one did.
         os.kill(new, signal.SIGHUP)
         service.wait_for(signup_workers=2, signup_worker_starts_total=4)
         os.kill(new, signal.SIGTERM)
@@ -416,7 +416,7 @@ def test_an_upgrade_by_usr2_keeps_the_folders_apart(url: str) -> None:
         assert "Traceback" not in service.log()
 
 
-def test_gunicorn_cmd_args(url: str) -> None:
+def test_gunicorn_cmd_args_are_applied(url: str) -> None:
     with Service(
         DATABASE_URL=url, WEB_CONCURRENCY="2", GUNICORN_CMD_ARGS="--workers 3 --keep-alive 0"
     ) as service:
@@ -424,9 +424,9 @@ def test_gunicorn_cmd_args(url: str) -> None:
         assert service.get("/").headers["Connection"] == "close"
 
 
-def test_variables_of_the_option_env(url: str) -> None:
+def test_env_option_sets_variables_across_a_reload(url: str) -> None:
     options = (f"--env=DATABASE_URL={url}", "--env=DATABASE_MAX_CONNECTIONS=4")
-    # An empty DATABASE_URL is as one that is unset; the embedded PostgreSQL is left out.
+    # An empty DATABASE_URL counts as unset, and the test starts no embedded PostgreSQL.
     with Service(*options, DATABASE_URL="", WEB_CONCURRENCY="2") as service:
         assert service.signup(json=USER).status_code == 201
         service.wait_for(signup_workers=2, database_connections_max=4)
@@ -437,7 +437,7 @@ def test_variables_of_the_option_env(url: str) -> None:
         service.check_equalities(rows=1)
 
 
-def test_make_run_takes_an_empty_web_concurrency_for_an_unset_one(url: str) -> None:
+def test_make_run_treats_an_empty_web_concurrency_as_unset(url: str) -> None:
     line = f'exec {sys.executable} -m testbed.postgres "$@"'
     with Wrapped(line, DATABASE_URL=url, WEB_CONCURRENCY="") as service:
         service.wait_for(signup_workers=max(2, len(os.sched_getaffinity(0))))
@@ -445,7 +445,7 @@ def test_make_run_takes_an_empty_web_concurrency_for_an_unset_one(url: str) -> N
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the program openssl")
-def test_tls(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signup_works_over_tls(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cert, key = tmp_path / "cert", tmp_path / "key"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"]
     command += [

@@ -1,8 +1,8 @@
-"""What a hostile or broken client sends gets the answer of the contract, and harms nobody else.
+"""Hostile and broken requests get the documented response and harm no other client.
 
-Each request goes over a connection of its own, just as it stands here. The connection ends only
-after the answers, but for those cut short: gunicorn would wait for the rest of them. What is not
-HTTP is refused by gunicorn itself, with a page of HTML or without a word.
+Each request is sent as is over its own connection. The client closes only after the responses,
+except for requests cut short: gunicorn would wait for the rest. gunicorn itself refuses what is
+not HTTP, with an HTML page or by closing the connection.
 """
 
 import io
@@ -28,22 +28,22 @@ FIELDS = tuple(USER)
 LIMIT = 16384  # MAX_BODY_BYTES
 numbers = itertools.count()
 
-# What no answer may show: code, SQL of our own, a connection string.
+# No response may contain code, the service's SQL or a connection string.
 SECRETS = re.compile(r"Traceback|\.py\b|site-packages|psycopg|INSERT INTO|RETURNING|postgres|host=")
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# What no log may show: the client's address, and what is in the requests that gunicorn refuses.
+# No log may contain the client's address or data of a request that gunicorn refuses.
 PERSONAL = re.compile("127\\.0\\.0\\.1|zebedee|example|Ada|Lovelace", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
-    """What a client gets of the application; its `status` is 0 where gunicorn refuses."""
+    """A response of the application; `status` is 0 if gunicorn refuses the request."""
 
     status: int
     json: Any = None
     allow: str | None = None
 
     def counts(self) -> bool:
-        """Whether it is in the metrics: the application's, and on /signup."""
+        """Return whether the metrics count it: the application's responses on /signup."""
         return self.status not in (0, 200, 404) and self.allow in (None, "POST")
 
 
@@ -77,12 +77,12 @@ def post(body: bytes, *headers: bytes, target: bytes = b"/signup", **options: An
 
 
 def length(value: bytes, body: bytes = b"{}", *headers: bytes) -> bytes:
-    """A body with `value` for its Content-Length."""
+    """Return a signup with `value` as its Content-Length."""
     return http(b"POST /signup HTTP/1.1", b"Content-Length: " + value, *headers, body=body)
 
 
 def chunks(body: bytes, *headers: bytes) -> bytes:
-    """`body` as it goes over the wire, chunks and all."""
+    """Return a chunked signup; `body` includes the chunk sizes."""
     return http(b"POST /signup HTTP/1.1", b"Transfer-Encoding: chunked", *headers, body=body)
 
 
@@ -91,17 +91,17 @@ def user_json(**changes: Any) -> bytes:
 
 
 def new_user_json(**changes: Any) -> bytes:
-    """A user whom nobody else has signed up."""
+    """Return a user with an email that no other request uses."""
     return user_json(email=f"fine.{next(numbers)}@example.com", **changes)
 
 
 def name(text: bytes) -> bytes:
-    """A signup with these bytes as a name."""
+    """Return a user with these bytes as the first name."""
     return user_json(first_name="?").replace(b'"?"', b'"' + text + b'"')
 
 
 def extra(text: bytes) -> bytes:
-    """A signup with an unknown field of this value."""
+    """Return a user with an unknown field of this value."""
     return user_json()[:-1] + b', "extra": ' + text + b"}"
 
 
@@ -113,11 +113,11 @@ GOOD = user_json()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD)
 HIDDEN = get(target=b"/")
 
-# No JSON object with strings, or not in UTF-8.
+# Not a JSON object of strings, or not UTF-8.
 BAD_BODIES = (
     *map(GOOD.decode().encode, ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp037")),
     *(b"+AHs-" + GOOD[1:], b"\xef\xbb\xbf" + GOOD, b"\x1f\x8b\x08" + GOOD),  # UTF-7, BOM, gzip
-    # Latin-1, Shift-JIS, overlong forms, surrogates, parts of a character, and beyond Unicode.
+    # Latin-1, Shift-JIS, overlong forms, surrogates, partial characters, beyond Unicode.
     *map(name, (b"Zo\xeb", b"\x88\xa4", b"\xc0\xaf", b"a\xc0\x80", b"\xe0\x80\xaf")),
     *map(
         name,
@@ -148,14 +148,14 @@ WRONG_TYPES = {
     for value in (None, True, 1, 1.5, [], ["x"], {}, {"$ne": ""})
 }
 
-# Texts that no field may have, in JSON's own spelling.
+# Texts that every field refuses, as JSON spells them.
 BLANK = (b"", b" ", rb"\u00a0", rb"\u2003", rb"\r\n", rb"\u200d \u200c", rb"\u3164", rb"\u2800")
 FORBIDDEN = (
     *(rb"\u0000", rb"\u001b[2J", rb"\t", rb"\r\nSet-Cookie: a=b", rb"\u007f", rb"\u0085"),
     *(rb"\ud83d", rb"\ude00", rb"\ude00\ud83d", rb"\u200b", rb"\u2060", rb"\ufeff", rb"\u00ad"),
     *(rb"\u200f", rb"\u202e", rb"\u2067", rb"\u2028", rb"\u2029", rb"\udb40\udc41"),
 )
-EMAILS = (  # what is wrong with them, the library says
+EMAILS = (  # email-validator provides the messages
     *("ada", "@", "@example.com", "ada@", "ada@@example.com", "ada@eve@example.com", "a..b@c.com"),
     *(".ada@example.com", "ada.@example.com", "ada lovelace@example.com", "ada@exa mple.com"),
     *("ada@-example.com", "ada@example-.com", "ada@example..com", "ada@.example.com", "ada@b.com."),
@@ -168,21 +168,21 @@ EMAILS = (  # what is wrong with them, the library says
     *("1) UNION SELECT 1--@example.com", "ada@example.com; pg_sleep(9)", "<b>a</b>@example.com"),
 )
 
-# Framing that the application judges.
+# Body sizes and framing that the application refuses.
 BODIES = {
     "over the limit": (post(b" " * (LIMIT + 1)), TOO_LARGE),
     "far over the limit": (post(b" " * 1_000_000), TOO_LARGE),
-    "a valid one, over the limit": (post(GOOD.ljust(LIMIT + 1)), TOO_LARGE),
-    "announced over the limit": (length(b"20000", GOOD), TOO_LARGE),
-    "announced far over it": (length(b"99999999999999999999", GOOD), TOO_LARGE),
+    "valid, but over the limit": (post(GOOD.ljust(LIMIT + 1)), TOO_LARGE),
+    "declared over the limit": (length(b"20000", GOOD), TOO_LARGE),
+    "declared far over the limit": (length(b"99999999999999999999", GOOD), TOO_LARGE),
     "over the limit in chunks": (chunks(b"4001\r\n" + b" " * 0x4001 + b"\r\n0\r\n\r\n"), TOO_LARGE),
-    "over it in small chunks": (chunks(b"1\r\n \r\n" * (LIMIT + 1) + b"0\r\n\r\n"), TOO_LARGE),
-    "far over it in a chunk": (chunks(b"f4240\r\n%b\r\n0\r\n\r\n" % (b" " * 1_000_000)), TOO_LARGE),
+    "too large in small chunks": (chunks(b"1\r\n \r\n" * (LIMIT + 1) + b"0\r\n\r\n"), TOO_LARGE),
+    "1 MB in one chunk": (chunks(b"f4240\r\n%b\r\n0\r\n\r\n" % (b" " * 1_000_000)), TOO_LARGE),
     "no length": (http(b"POST /signup HTTP/1.1"), INVALID),
-    "no length in 1.0": (http(b"POST /signup HTTP/1.0"), INVALID),
+    "no length in HTTP/1.0": (http(b"POST /signup HTTP/1.0"), INVALID),
     "length too small": (length(b"%d" % (len(GOOD) - 1), GOOD), INVALID),
-    "an expectation": (post(b"", b"Expect: 100-continue"), INVALID),
-    "a host that is none": (post(GOOD, host=b"Host: " + b"x" * 8000), INVALID),
+    "an empty body with Expect": (post(b"", b"Expect: 100-continue"), INVALID),
+    "a Host of 8,000 characters": (post(GOOD, host=b"Host: " + b"x" * 8000), INVALID),
 }
 END = b"\r\n{}\r\n0\r\n\r\n"
 BAD_CHUNKS = (
@@ -190,15 +190,15 @@ BAD_CHUNKS = (
     *(b"2" + extension + END for extension in (b";a=\x01", b";a\rb", b";", b" ")),
     *(b"2\r\n{}0\r\n\r\n", b"2\r\n{}xx0\r\n\r\n", b"1\r\n{}" + b" " * 100, GOOD + b"\r\n"),
     *(b"0\r\n\r\n", b"zz\r\n\r\n" + HIDDEN, b"1" * 10_000),
-    # Trailers: some that change what the request is, a bad one, and too many.
+    # Trailers: two that would change the request, a malformed one, and too many.
     *(CHUNKED[:-2] + b"Host: y\r\n\r\n", CHUNKED[:-2] + b"Content-Length: 1\r\n\r\n"),
     *(CHUNKED[:-2] + b"zebedee\r\n\r\n", CHUNKED[:-2] + b"A: b\r\n" * 200 + b"\r\n"),
 )
 PARTS = (b"", b"2", b"5\r\n{}", CHUNKED[:-7], CHUNKED[:-5], CHUNKED[:-2], b"f" + CHUNKED)
 CUT_SHORT = {
-    "a body, before it came": (length(b"100", b""), INVALID),
+    "a body, before its first byte": (length(b"100", b""), INVALID),
     "a body": (length(b"100", b"{"), INVALID),
-    "a body, but JSON": (length(b"%d" % (len(GOOD) + 1), GOOD), INVALID),
+    "a body that is valid JSON": (length(b"%d" % (len(GOOD) + 1), GOOD), INVALID),
     "a size of 16 digits": (chunks(b"f" * 16 + b"\r\n{}"), INVALID),
     "bare LFs": (chunks(CHUNKED.replace(b"\r\n", b"\n")), INVALID),
     **{f"chunks {body!r}": (chunks(body), INVALID) for body in PARTS},
@@ -208,17 +208,17 @@ CUT_SHORT = {
 UNREAD = http(b"GET / HTTP/1.1", b"Transfer-Encoding: chunked", body=b"zz\r\n\r\n" + HIDDEN)
 OTHER = length(b"2", b"{}" + HIDDEN).replace(b"POST", b"GET", 1)
 LARGE = chunks(b"4001\r\n" + b" " * 0x4001 + b"\r\n" + HIDDEN)
-SMUGGLED = {  # a second request, which may be answered only where the first one surely ends
+SMUGGLED = {  # a second request is served only if the end of the first is certain
     "behind a short body": (length(b"2", b"{}" + HIDDEN), NO_EMAIL, WELCOME),
     "behind the chunks": (chunks(b"2\r\n{}\r\n0\r\n\r\n" + HIDDEN), NO_EMAIL, WELCOME),
     "behind another method's body": (OTHER, NOT_POST, WELCOME),
     "in too large a body": (length(b"20000", HIDDEN * 1000), TOO_LARGE, REFUSED),
     "in too large chunks": (LARGE, TOO_LARGE, REFUSED),
     "behind CONNECT": (http(b"CONNECT /signup HTTP/1.1") + HIDDEN, NOT_POST),
-    "in chunks that nobody reads": (UNREAD, WELCOME, REFUSED),
+    "in chunks that are not read": (UNREAD, WELCOME, REFUSED),
     "in a header": (get(b"X: x\r\n\r\n" + HIDDEN), NOT_POST, WELCOME, REFUSED),
 }
-# What gunicorn refuses, whatever is behind it: one of each kind.
+# One request of each kind that gunicorn refuses, whatever follows it.
 LENGTHS = (b"-1", b"+2", b"zebedee", b"", b"2, 2", b"\xb2", b"1_0", b"0x2", b"9" * 5000)
 CODINGS = (b"chunked, chunked", b"chunked, gzip", b"identity", b"zebedee", b"\r\n chunked")
 LINES = (
@@ -267,7 +267,7 @@ METHODS = {
     "DELETE /healthz": (http(b"DELETE /healthz HTTP/1.1"), NOT_GET),
     "PUT /readyz": (http(b"PUT /readyz HTTP/1.1"), NOT_GET),
 }
-OTHER_PATHS = (  # a path that is not exactly /signup is another one
+OTHER_PATHS = (  # only the exact path /signup matches
     *("/nothing", "/signup/", "//signup", "///signup", "/signup//", "/signup/x", "/SIGNUP"),
     *("/signup%00", "/signup%2f", "/%2fsignup", "/signup%20", "/signup%0d%0aX:%20y", "/./signup"),
     *("/../signup", "/x/../signup", "/%2e/signup", "/%2e%2e/signup", "/..;/signup", "/;/signup"),
@@ -286,7 +286,7 @@ PATHS = {
 
 
 def field_cases(field: str) -> dict[str, Any]:
-    """The rules that any of the fields may break."""
+    """Return the cases that apply to every field."""
     label = field.replace("_", " ")
     most = 254 if field == "email" else 100
 
@@ -320,7 +320,7 @@ CASES = {
     **{f"{title}: {key}": case for title, table in TABLES.items() for key, case in table.items()},
 }
 
-# Strange, but all right: each of these is a valid signup.
+# Unusual, but each of these is a valid signup.
 NAMES = (
     *("Robert'); DROP TABLE users; --", "' OR '1'='1", '"; SELECT pg_sleep(9); --', "%s %(id)s %d"),
     *("{0} {{7*7}} ${7*7}", "<script>alert(1)</script>", "../../etc/passwd", "null", "NaN", "\\"),
@@ -335,7 +335,7 @@ SAME_PATH = (
     *(b"/%73ignup", b"/signu%70", b"/signup?", b"/signup?a=b&a=c%00", b"/signup#fragment"),
     *(b"http://x/signup", b"HTTP://evil.example/signup", b"ftp://x/signup"),
 )
-HEADERS = (  # that change nothing
+HEADERS = (  # without effect on the response
     *(b"SCRIPT_NAME: /x", b"SCRIPT-NAME: /signup", b"PATH_INFO: /", b"PATH-INFO: /"),
     *(b"REQUEST_METHOD: GET", b"REMOTE_USER: admin", b"CONTENT_LENGTH: 1"),
     *(b"TRANSFER_ENCODING: chunked", b"Expect: 100-Continue", b"X-Real-IP: ::1"),
@@ -363,23 +363,23 @@ FINE = {
     **{f"path: {path!r}": post(new_user_json(), target=path) for path in SAME_PATH},
     **{f"header: {header[:80]!r}": post(new_user_json(), header) for header in HEADERS},
     **{f"host: {host[:80]!r}": post(new_user_json(), host=host) for host in HOSTS},
-    "white space around": post(b"\r\n\t " + new_user_json() + b" \n"),
+    "surrounding white space": post(b"\r\n\t " + new_user_json() + b" \n"),
     "the largest body": post(new_user_json().ljust(LIMIT)),
     "escapes": post(new_user_json(first_name="?").replace(b"?", rb"\u0041\ud83d\ude00\/")),
     "HTTP/1.0": post(new_user_json()).replace(b"HTTP/1.1", b"HTTP/1.0"),
-    "an empty line in front": b"\r\n" + post(new_user_json()),
-    "zeros before the length": post(new_user_json()).replace(b"Length: ", b"Length: 000"),
+    "a leading empty line": b"\r\n" + post(new_user_json()),
+    "leading zeros in the length": post(new_user_json()).replace(b"Length: ", b"Length: 000"),
     "99 headers": post(new_user_json(), *[b"X: x"] * 97),
     "chunks": chunks(b"C8;a=b\r\n%s\r\n0\r\nX: x\r\n\r\n" % new_user_json().ljust(200)),
-    "chunks of a byte": chunks(
+    "chunks of one byte": chunks(
         b"".join(b"001\r\n%c\r\n" % byte for byte in new_user_json()) + b"000\r\n\r\n"
     ),
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nobody_is_harmed(service: Service, database_url: str) -> Iterator[None]:
-    """After all that: the same workers, what was counted is what was answered, and a clean log."""
+def service_is_unharmed(service: Service, database_url: str) -> Iterator[None]:
+    """Check at the end that no worker restarted, the metrics are exact and the log is clean."""
     boots, before = service.boots(), len(service.log())
     yield
     assert service.signup(data=new_user_json()).status_code == 201
@@ -391,14 +391,14 @@ def nobody_is_harmed(service: Service, database_url: str) -> Iterator[None]:
 
 
 def talk(service: Service, key: str) -> list[Answer]:
-    """Send the request of `key` and return as many answers as there should be, and not one more."""
+    """Send the request of `key`, and return exactly the expected number of responses."""
     request, *expected = CASES[key] if key in CASES else (FINE[key], WELCOME)
     address = urlsplit(service.url)
     with (
         socket.create_connection((address.hostname, address.port), timeout=30) as client,
         client.makefile("rb") as stream,
     ):
-        with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was sent entirely
             client.sendall(request)
         if key.startswith("cut short"):
             client.shutdown(socket.SHUT_WR)
@@ -410,7 +410,7 @@ def talk(service: Service, key: str) -> list[Answer]:
 
 
 def receive(stream: io.BufferedReader, head: bool) -> Answer:
-    """The next answer, once it has been checked for what holds for all of them."""
+    """Read the next response, and check what every response must satisfy."""
     try:
         line = stream.readline()
     except ConnectionResetError:
@@ -443,19 +443,19 @@ def check(service: Service, key: str, answers: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("key", CASES)
-def test_a_bad_request(service: Service, key: str) -> None:
+def test_bad_request_gets_the_documented_response(service: Service, key: str) -> None:
     check(service, key, talk(service, key))
-    assert service.signup(data=new_user_json()).status_code == 201  # others are served as before
+    assert service.signup(data=new_user_json()).status_code == 201  # other clients are still served
 
 
-def test_all_bad_requests_at_once(service: Service) -> None:
+def test_concurrent_bad_requests_get_the_documented_responses(service: Service) -> None:
     with ThreadPoolExecutor(16) as executor:
         results = list(executor.map(lambda key: talk(service, key), CASES))
     for key, answers in zip(CASES, results, strict=True):
         check(service, key, answers)
 
 
-def test_what_gunicorn_refuses_is_logged_without_what_was_in_it(service: Service) -> None:
+def test_request_that_gunicorn_refuses_is_logged(service: Service) -> None:
     logged = service.log().count('"Invalid request"')
     key = next(key for key in CASES if key.startswith("not HTTP"))
     assert talk(service, key) == [REFUSED]
@@ -463,7 +463,7 @@ def test_what_gunicorn_refuses_is_logged_without_what_was_in_it(service: Service
 
 
 @pytest.mark.parametrize(("body", "status"), [(new_user_json(), 201), (b"x" * 20_000, 413)])
-def test_a_client_that_waits_to_be_asked_for_the_body(
+def test_expect_100_continue_gets_an_interim_response(
     service: Service, body: bytes, status: int
 ) -> None:
     head, empty_line, _ = post(body, b"Expect: 100-continue").partition(b"\r\n\r\n")
@@ -481,7 +481,7 @@ def test_a_client_that_waits_to_be_asked_for_the_body(
 
 
 @pytest.mark.parametrize("key", FINE)
-def test_a_strange_signup(service: Service, key: str) -> None:
+def test_unusual_valid_signup_returns_201(service: Service, key: str) -> None:
     (answer,) = talk(service, key)
     service.answers[answer.status] += 1
     assert answer.status == 201, answer
@@ -499,14 +499,14 @@ def test_a_strange_signup(service: Service, key: str) -> None:
         http(b"GET /nothing HTTP/1.1", b"Transfer-Encoding: chunked", body=b"fffffffff\r\n"),
     ],
 )
-def test_a_body_without_end_holds_up_nobody(service: Service, start: bytes) -> None:
+def test_endless_body_does_not_block_other_clients(service: Service, start: bytes) -> None:
     address = urlsplit(service.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as client:
         client.sendall(start)
         for _ in range(10):
             client.sendall(b" " * 65536)
         assert client.recv(65536).startswith(b"HTTP/1.1 ")
-        for _ in range(4):  # gunicorn goes on to read what comes, and answers others
+        for _ in range(4):  # gunicorn keeps reading, and serves other clients
             client.sendall(b" " * 65536)
             assert service.get("/healthz").status_code == 200
     if b"/signup" in start:

@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes: their schemas, and that what they mention exists."""
+"""The Kubernetes manifests: their schemas, and their consistency with the project."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ OBJECTS: dict[str, dict[str, Any]] = {
     manifest["kind"]: manifest
     for manifest in (yaml.safe_load((FOLDER / n).read_text()) for n in KUSTOMIZATION["resources"])
 }
-CUSTOM = {"ServiceMonitor", "PrometheusRule", "Probe"}  # of the Prometheus Operator
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "Probe"}  # defined by the Prometheus Operator
 POD = OBJECTS["Deployment"]["spec"]["template"]
 (CONTAINER,) = POD["spec"]["containers"]
 SCRAPES = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
@@ -33,15 +33,15 @@ def test_every_file_is_a_resource_named_after_its_kind() -> None:
     assert kinds == files
 
 
-@pytest.mark.parametrize("version", ["1.30", "1.37"])  # the oldest that has preStop.sleep
-def test_they_follow_the_schemas(version: str) -> None:
+@pytest.mark.parametrize("version", ["1.30", "1.37"])  # 1.30: the oldest with preStop.sleep
+def test_manifests_follow_the_kubernetes_schemas(version: str) -> None:
     checked = [kind for kind in OBJECTS if kind not in CUSTOM]
     assert len(checked) == 5
     for kind in checked:
         kubernetes_validate.validate(OBJECTS[kind], version, strict=True)
 
 
-def test_selectors_find_the_pods() -> None:
+def test_selectors_match_the_pods() -> None:
     labels = POD["metadata"]["labels"]
     assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert OBJECTS["Service"]["spec"]["selector"] == labels
@@ -60,7 +60,7 @@ def test_selectors_find_the_pods() -> None:
     assert "replicas" not in OBJECTS["Deployment"]["spec"]
 
 
-def test_ports_lead_to_the_service() -> None:
+def test_ports_and_paths_match_the_service() -> None:
     assert CONTAINER["ports"] == [{"name": "http", "containerPort": Config.from_env({}).port}]
     (port,) = OBJECTS["Service"]["spec"]["ports"]
     (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
@@ -75,7 +75,7 @@ def test_ports_lead_to_the_service() -> None:
         assert name == "http"
 
 
-def test_the_scrape_is_the_one_of_prometheus_yml() -> None:
+def test_service_monitor_matches_prometheus_yml() -> None:
     (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
     # Without a jobLabel, the label `job` is the name of the Service.
     assert "jobLabel" not in OBJECTS["ServiceMonitor"]["spec"]
@@ -84,7 +84,7 @@ def test_the_scrape_is_the_one_of_prometheus_yml() -> None:
     assert endpoint["interval"] == SCRAPES["global"]["scrape_interval"]
 
 
-def test_the_probe_is_the_one_of_prometheus_yml() -> None:
+def test_probe_matches_prometheus_yml() -> None:
     probe = OBJECTS["Probe"]["spec"]
     (job,) = (job for job in SCRAPES["scrape_configs"] if job["job_name"] == probe["jobName"])
     paths = {
@@ -98,15 +98,15 @@ def test_the_probe_is_the_one_of_prometheus_yml() -> None:
     assert probe["interval"] == SCRAPES["global"]["scrape_interval"]
 
 
-def test_the_rules_are_those_of_prometheus() -> None:
-    names = ("alerts", "recording", "slo")  # kube-prometheus watches the monitoring itself
+def test_prometheus_rule_equals_the_rule_files() -> None:
+    names = ("alerts", "recording", "slo")  # kube-prometheus has rules for the monitoring
     files = [ROOT / f"prometheus/rules/{name}.yml" for name in names]
     groups = [g for file in files for g in yaml.safe_load(file.read_text())["groups"]]
     assert OBJECTS["PrometheusRule"]["spec"] == {"groups": groups}
     assert (FOLDER / "prometheus-rule.yaml").read_text().count("{{ $value") > 10
 
 
-def test_the_container_is_the_one_of_the_dockerfile() -> None:
+def test_container_matches_the_dockerfile_and_settings() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     security = POD["spec"]["securityContext"]
     assert f"USER {security['runAsUser']}:{security['runAsGroup']}\n" in dockerfile
@@ -117,13 +117,13 @@ def test_the_container_is_the_one_of_the_dockerfile() -> None:
     assert Config.from_env({"WEB_CONCURRENCY": workers}).web_concurrency == 2
 
 
-def test_times_fit_each_other() -> None:
+def test_timeouts_are_consistent() -> None:
     assert CONTAINER["readinessProbe"]["timeoutSeconds"] > 2 * READY_TIMEOUT
     stop = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + graceful_timeout()
     assert POD["spec"]["terminationGracePeriodSeconds"] > stop
 
 
-def test_the_most_replicas_fit_the_database() -> None:
+def test_postgresql_allows_the_maximum_number_of_replicas() -> None:
     most = OBJECTS["HorizontalPodAutoscaler"]["spec"]["maxReplicas"]
     surge = OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
     connections = (most + surge) * Config.from_env({}).database_max_connections

@@ -1,4 +1,4 @@
-"""`make load-test-smoke`, shortened: when it passes, and when it fails."""
+"""A short `make load-test-smoke`: when it passes, and when it fails."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ ENOUGH = 3  # seconds
 
 
 def smoke(url: str, report: Path) -> tuple[bool, list[str]]:
-    """Whether it passes, and its verdicts."""
+    """Run the load test; return whether it passed, and its verdicts."""
     options = [f"HOST={url}", f"SECONDS={ENOUGH}", f"REPORT={report}"]
     command = ["make", "load-test-smoke", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -27,33 +27,33 @@ def report(tmp_path: Path) -> Path:
     return tmp_path / "report.html"
 
 
-def test_it_passes_and_agrees_with_the_server(url: str, report: Path) -> None:
+def test_load_test_passes_and_agrees_with_the_server(url: str, report: Path) -> None:
     with Service(DATABASE_URL=url) as service:
         passed, verdicts = smoke(service.url, report)
         words = [verdict.split()[0] for verdict in verdicts]
         assert words[1:] == ["ok"] * 2
-        assert passed == (words[0] == "ok")  # the first one is about time, which a test is not
+        assert passed == (words[0] == "ok")  # the first is about latency, which no test asserts
         rows = count_users(url)
         assert f"the server counted {rows} x 201" in verdicts[2]
         assert verdicts[2].endswith("Locust differs by 0")
     assert "<html" in report.read_text()
 
 
-def test_it_fails_when_requests_fail(url: str, report: Path) -> None:
+def test_load_test_fails_when_requests_fail(url: str, report: Path) -> None:
     with Service(DATABASE_URL=url) as service, broken_table(url):
         passed, verdicts = smoke(service.url, report)
         assert not passed
         assert [verdict.split()[0] for verdict in verdicts[1:]] == ["FAILED", "ok"]
 
 
-def test_it_fails_when_the_server_counts_others(url: str, report: Path) -> None:
+def test_load_test_fails_when_the_server_counts_other_requests(url: str, report: Path) -> None:
     with Service(DATABASE_URL=url) as service, Signups(service, 1):
         passed, verdicts = smoke(service.url, report)
         assert not passed
         assert verdicts[2].startswith("FAILED the server counted")
 
 
-def test_it_says_when_nobody_answers() -> None:
+def test_load_test_reports_an_unreachable_service() -> None:
     command = ["make", "load-test-smoke", "HOST=http://127.0.0.1:1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0

@@ -21,13 +21,13 @@ PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Age
 
 
 def events(service: Service) -> list[dict[str, Any]]:
-    """All that the service has printed but its start line; each is a line of JSON."""
+    """Return every printed line except the start line, parsed as JSON."""
     lines = [x for x in service.log().splitlines() if not x.startswith("signup service on ")]
     assert not [line for line in lines if not line.startswith("{")]
     return [json.loads(line) for line in lines]
 
 
-def test_by_default_an_answer_below_500_leaves_no_line(service: Service) -> None:
+def test_responses_below_500_are_not_logged_by_default(service: Service) -> None:
     before = service.log()
     with requests.Session() as session:
         for body in (PERSON, PERSON, {}):
@@ -38,7 +38,7 @@ def test_by_default_an_answer_below_500_leaves_no_line(service: Service) -> None
     assert service.log() == before
 
 
-def test_each_500_has_a_line_and_its_cause_another(service: Service, database_url: str) -> None:
+def test_each_500_logs_the_request_and_its_cause(service: Service, database_url: str) -> None:
     with broken_table(database_url):
         for request_id in ("req-1.a_B", "req-2"):
             response = service.signup(json=PERSON, headers={"X-Request-ID": request_id})
@@ -56,9 +56,7 @@ def test_each_500_has_a_line_and_its_cause_another(service: Service, database_ur
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", '"}{"level":"x', "<script>"])
-def test_an_id_that_is_not_sane_is_replaced(
-    service: Service, database_url: str, given: str
-) -> None:
+def test_malformed_request_id_is_replaced(service: Service, database_url: str, given: str) -> None:
     with broken_table(database_url):
         response = service.signup(json=PERSON, headers={"X-Request-ID": given.encode()})
     made = response.headers["X-Request-ID"]
@@ -72,7 +70,7 @@ def test_an_id_that_is_not_sane_is_replaced(
     assert event["status"] == 500
 
 
-def test_an_unexpected_exception_is_logged_with_its_traceback(database_url: str) -> None:
+def test_unexpected_exception_is_logged_with_its_traceback(database_url: str) -> None:
     with project_copy() as project:
         views = project / "signup" / "views.py"
         code = views.read_text()
@@ -89,7 +87,7 @@ def test_an_unexpected_exception_is_logged_with_its_traceback(database_url: str)
             assert "Zebedee" not in service.log()
 
 
-def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> None:
+def test_every_line_after_the_start_line_is_json(database_url: str) -> None:
     for how in (Service.press_ctrl_c, Service.stop):
         with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2") as service:
             service.wait_for(signup_workers=2)
@@ -110,7 +108,7 @@ def test_every_line_but_the_first_is_json_until_the_end(database_url: str) -> No
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_nothing_personal_is_logged(database_url: str, level: str) -> None:
+def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
     with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL=level) as service:
         service.wait_for(database_connections_max=25)
         start = len(service.log())
@@ -131,7 +129,7 @@ def test_nothing_personal_is_logged(database_url: str, level: str) -> None:
             b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Quux\r\n\r\n",
             b"POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: Quux\r\n\r\n",
             b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nQuux\r\n",
-            b"GET /secret.person HTTP/1.1\r\nHost: Zebedee",  # and no more
+            b"GET /secret.person HTTP/1.1\r\nHost: Zebedee",  # incomplete
             b'POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"email": "Quux',
         ):
             with socket.create_connection((str(address.hostname), address.port or 0)) as client:

@@ -1,4 +1,4 @@
-"""The metrics contract: what a scrape holds, in both formats, whichever worker answers."""
+"""The metrics contract: the content of a scrape, in both formats, from any worker."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ HISTOGRAMS = {
     "database_pool_wait_seconds",
 }
 STATUS_CODES = ["201", "400", "405", "409", "413", "500", "503"]
-# The Accept header of Prometheus, as versions 2 and 3 of it send it.
+# The Accept headers of Prometheus 2 and 3.
 PROMETHEUS_2 = (
     "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
     "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
@@ -70,7 +70,7 @@ CONTRACT = {
 
 
 def expected() -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
-    """Name and labels of every sample that the contract promises."""
+    """Yield the name and labels of every sample in the contract."""
     for (name, label), values in CONTRACT.items():
         for labels in [{(label, value)} for value in values] if label else [set()]:
             if name in HISTOGRAMS:
@@ -81,7 +81,7 @@ def expected() -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
 
 
 @pytest.mark.parametrize("openmetrics", [False, True])
-def test_every_value_is_there_from_the_first_scrape(service: Service, openmetrics: bool) -> None:
+def test_first_scrape_contains_every_series(service: Service, openmetrics: bool) -> None:
     samples = service.metrics(openmetrics)
     assert samples.keys() == set(expected())
     assert samples.get_value("database_connections_max") == 25
@@ -91,7 +91,7 @@ def test_every_value_is_there_from_the_first_scrape(service: Service, openmetric
     assert set(others) == {0}
 
 
-def test_each_worker_answers_for_all(service: Service) -> None:
+def test_each_worker_exposes_the_totals_of_all_workers(service: Service) -> None:
     for n in range(8):
         service.signup(json=user(f"{n}"))
     first = service.quiet_metrics()
@@ -117,7 +117,7 @@ def test_each_worker_answers_for_all(service: Service) -> None:
         ("*/*", "plain"),
         (PROMETHEUS_2, "openmetrics"),
         (PROMETHEUS_3, "openmetrics"),
-        (f"{PROTOBUF},{PROMETHEUS_3}", "openmetrics"),  # with its native histograms
+        (f"{PROTOBUF},{PROMETHEUS_3}", "openmetrics"),  # with native histograms
         ("application/openmetrics-text; version=2.0.0", "openmetrics"),
         ("application/openmetrics-text; version=x", "plain"),
         (f"application/openmetrics-text; version={'9' * 5000}", "plain"),
@@ -129,7 +129,7 @@ def test_each_worker_answers_for_all(service: Service) -> None:
         ("", "plain"),
     ],
 )
-def test_a_strange_accept_header_gets_a_scrape(service: Service, accept: str, kind: str) -> None:
+def test_accept_header_selects_the_format(service: Service, accept: str, kind: str) -> None:
     response = service.get("/metrics", headers={"Accept": accept.encode("latin-1")})
     assert response.status_code == 200
     expected = {"plain": "text/plain", "openmetrics": "application/openmetrics-text"}[kind]

@@ -1,4 +1,4 @@
-"""signup/openapi.json says what the service does: no endpoint and no answer is missing in it."""
+"""signup/openapi.json documents every endpoint and every response of the service."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from testbed.service import OPENMETRICS, Service
 DOCUMENT: dict[str, Any] = json.loads(Path(signup.__file__).with_name("openapi.json").read_text())
 USER = DOCUMENT["paths"]["/signup"]["post"]["requestBody"]["content"]["*/*"]["example"]
 
-# The same requests in every run; max_examples is for each endpoint, beside the systematic ones.
+# Deterministic; max_examples counts random requests per endpoint, besides the systematic ones.
 GENERATION = GenerationConfig(max_examples=50, deterministic=True, database="none")
 PROJECT = ProjectConfig(generation=GENERATION, request_timeout=30)
 API = schemathesis.openapi.from_dict(
@@ -35,11 +35,11 @@ API = schemathesis.openapi.from_dict(
 )
 
 
-def test_it_is_an_openapi_document() -> None:
-    OPENAPI_31_VALIDATOR.validate(DOCUMENT)  # the OpenAPI Initiative's own schema
+def test_document_is_valid_openapi() -> None:
+    OPENAPI_31_VALIDATOR.validate(DOCUMENT)  # the OpenAPI Initiative's schema
 
 
-def test_its_examples_are_right() -> None:
+def test_examples_match_their_schemas() -> None:
     def check(node: Any) -> int:
         if isinstance(node, list):
             return sum(map(check, node))
@@ -55,9 +55,9 @@ def test_its_examples_are_right() -> None:
     assert check(DOCUMENT) > 20
 
 
-def test_it_has_every_endpoint_and_no_other(database_url: str) -> None:
+def test_document_lists_exactly_the_served_endpoints(database_url: str) -> None:
     app = create_app(Config.from_env({"DATABASE_URL": database_url}))
-    implied = {"HEAD", "OPTIONS"}  # of Flask, wherever GET is
+    implied = {"HEAD", "OPTIONS"}  # Flask adds both to GET endpoints
     served = {
         (rule.rule, method) for rule in app.url_map.iter_rules() for method in rule.methods or ()
     }
@@ -67,7 +67,7 @@ def test_it_has_every_endpoint_and_no_other(database_url: str) -> None:
     assert {(path, method) for path, method in served if method not in implied} == documented
 
 
-def test_it_is_served(service: Service) -> None:
+def test_document_is_served(service: Service) -> None:
     response = service.get("/openapi.json")
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "application/json"
@@ -75,21 +75,21 @@ def test_it_is_served(service: Service) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def every_answer_is_counted(service: Service, database_url: str) -> Iterator[None]:
+def every_response_is_counted(service: Service, database_url: str) -> Iterator[None]:
     yield
     service.check_equalities(count_users(database_url))
 
 
 @API.parametrize()
-def test_no_answer_is_beside_it(case: schemathesis.Case[Any], service: Service) -> None:
+def test_every_response_is_documented(case: schemathesis.Case[Any], service: Service) -> None:
     response = case.call(base_url=service.url)
     if case.formatted_path == "/signup":
         service.answers[response.status_code] += 1
-    # A JSON schema can't say all that makes an email or a name: some that fit it are refused.
+    # The JSON schema can't express every rule for emails and names: the service may refuse a match.
     case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
 
-def test_answers_that_are_rare(service: Service, database_url: str) -> None:
+def test_rare_responses_follow_the_document(service: Service, database_url: str) -> None:
     with broken_table(database_url):
         failed = service.signup(json=USER)
     responses = [failed, service.signup(data=b" " * 16385), service.signup("PATCH")]
@@ -103,7 +103,7 @@ def test_answers_that_are_rare(service: Service, database_url: str) -> None:
 
 
 @pytest.mark.parametrize("accept", ["*/*", OPENMETRICS])
-def test_each_format_of_the_metrics(service: Service, accept: str) -> None:
+def test_both_metrics_formats_follow_the_document(service: Service, accept: str) -> None:
     case = API["/metrics"]["GET"].Case(headers={"Accept": accept})
     response = case.call_and_validate(base_url=service.url)
     assert response.headers["content-type"][0].split(";")[0] == (

@@ -1,4 +1,4 @@
-"""Pages a day: Poisson days of signups through the rules, as docs/runbook.md has them."""
+"""Pages per day: the rules on Poisson-distributed signups, against docs/runbook.md."""
 
 import random
 import re
@@ -14,9 +14,9 @@ import yaml
 from testbed import ROOT
 
 RULES = ROOT / "prometheus/rules"
-SCRAPES = 24 * 60 * 4  # of a day
-Row = tuple[int, int]  # signups a day, and how many percent of them are bad
-# Signups a day, bad ones in percent, pages a day, and pages with the guide's thresholds alone.
+SCRAPES = 24 * 60 * 4  # per day
+Row = tuple[int, int]  # signups per day, bad signups in percent
+# Signups per day, bad signups in percent, pages per day, and with the guide's thresholds alone.
 TABLE = re.findall(
     r"^\| ([\d,]+) \| (\d+) % \| (\d+) \| (\d+) \|$",
     (ROOT / "docs/runbook.md").read_text(),
@@ -38,7 +38,7 @@ PAGES = {
 
 
 def counters(row: Row) -> Iterator[tuple[int, int]]:
-    """The counters of good and bad signups at each scrape of a day; the same ones at each call."""
+    """Yield the counters of good and bad signups at each scrape of a day, the same on each call."""
     signups, share = row
     chance = random.Random(f"{signups} {share}")
     good = bad = 0
@@ -54,18 +54,18 @@ def counters(row: Row) -> Iterator[tuple[int, int]]:
 
 
 def values(samples: list[int]) -> str:
-    """The samples as promtool reads them."""
+    """Return the samples in promtool's notation."""
     runs = ((value, sum(1 for _ in run) - 1) for value, run in groupby(samples))
     return " ".join(f"{value}x{more}" if more else str(value) for value, more in runs)
 
 
 def pages(folder: Path, minimum: int | None = None) -> dict[Row, int]:
-    """How often each row's critical alerts begin to fire within the day.
+    """Return how often each row's critical alerts start to fire within the day.
 
-    `minimum` takes the place of the ten failures that an alert waits for.
+    `minimum` replaces the threshold of ten failures.
 
-    Rules are evaluated each minute: what lasts for 5 of them pages somewhat more often than with
-    the 15 s of production.
+    The rules are evaluated every minute, in production every 15 s. Conditions that have to last
+    5 minutes therefore page somewhat more often here.
     """
     folder.mkdir()
     alerts = yaml.safe_load((RULES / "alerts.yml").read_text())
@@ -89,7 +89,7 @@ def pages(folder: Path, minimum: int | None = None) -> dict[Row, int]:
     query = {
         "eval_time": "1d",
         "expr": "sum by (job) (count_over_time(page[1d]))",
-        "exp_samples": [{"labels": "{}", "value": -1}],  # else promtool doesn't say what it got
+        "exp_samples": [{"labels": "{}", "value": -1}],  # so that promtool prints the result
     }
     test = {
         "rule_files": [str(RULES / "recording.yml"), "alerts.yml", "pages.yml"],
@@ -106,16 +106,16 @@ def pages(folder: Path, minimum: int | None = None) -> dict[Row, int]:
 
 
 @pytest.mark.needs("promtool")
-def test_pages_a_day_are_those_of_the_runbook(tmp_path: Path) -> None:
+def test_pages_per_day_match_the_runbook(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as executor:
         real = executor.submit(pages, tmp_path / "real")
         alone = executor.submit(pages, tmp_path / "alone", 0)  # the guide's thresholds
     expected = {row: count for row, (count, _) in EXPECTED.items()}
     assert real.result() == expected
-    # Versions of Prometheus differ in where a window begins, and so a little in these counts.
+    # Prometheus versions differ in where a range starts, so these counts differ slightly.
     assert alone.result() == pytest.approx(
         {row: count for row, (_, count) in EXPECTED.items()}, rel=0.4, abs=1
     )
-    # Within the guide's green range, a success rate of more than 95 %, nobody is woken.
+    # A success rate above 95 %, the guide's green range, never pages.
     assert {real.result()[row] for row in EXPECTED if row[1] < 5} == {0}
     assert {*EXPECTED} >= {(n, share) for n in (100, 1_000, 10_000) for share in (3, 5, 10)}

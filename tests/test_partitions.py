@@ -1,4 +1,4 @@
-"""The service on a table that is spread by the folded email, as docs/scaling.md has it."""
+"""The service on a table partitioned by the folded email, as in docs/scaling.md."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +17,13 @@ FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY relname
 
 
 def partitioned_table() -> str:
-    """The DDL of docs/scaling.md, step 6."""
+    """Return the DDL of docs/scaling.md, step 6."""
     text = (ROOT / "docs/scaling.md").read_text()
     (found,) = re.findall(r"```sql\n(CREATE TABLE users .*?)```", text, re.DOTALL)
     return str(found)
 
 
-def test_one_email_is_one_account_over_all_partitions(postgres: Postgres) -> None:
+def test_email_is_unique_across_partitions(postgres: Postgres) -> None:
     url = postgres.new_database()
     execute(url, partitioned_table())
     before = execute(url, STRUCTURE)
@@ -31,7 +31,7 @@ def test_one_email_is_one_account_over_all_partitions(postgres: Postgres) -> Non
     barrier = Barrier(CLIENTS)
 
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        assert execute(url, STRUCTURE) == before  # the start left it alone
+        assert execute(url, STRUCTURE) == before  # the start does not alter the table
 
         def race(client: int) -> None:
             for email in emails:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs("pgbouncer")
 
 @pytest.fixture
 def direct(postgres: Postgres) -> str:
-    """The URL of a database without PgBouncer, whose role has the time-out of statements."""
+    """Return a URL that bypasses PgBouncer; the role's statement timeout is 1 s."""
     url = postgres.new_database()
     execute(postgres.url, f"ALTER ROLE {urlsplit(url).username} SET statement_timeout = '1s'")
     return url
@@ -31,7 +31,9 @@ def pgbouncer(postgres: Postgres, direct: str) -> Iterator[PgBouncer]:
         yield pgbouncer
 
 
-def test_many_connections_share_few(postgres: Postgres, pgbouncer: PgBouncer, direct: str) -> None:
+def test_client_connections_share_fewer_server_connections(
+    postgres: Postgres, pgbouncer: PgBouncer, direct: str
+) -> None:
     env: dict[str, Any] = {
         "DATABASE_URL": pgbouncer.url,
         "WEB_CONCURRENCY": "2",
@@ -50,7 +52,7 @@ def test_many_connections_share_few(postgres: Postgres, pgbouncer: PgBouncer, di
             service.check_equalities(service.answers[201])
 
 
-def test_the_roles_time_out_ends_a_statement(pgbouncer: PgBouncer, direct: str) -> None:
+def test_statement_timeout_of_the_role_is_enforced(pgbouncer: PgBouncer, direct: str) -> None:
     with Service(DATABASE_URL=pgbouncer.url, WEB_CONCURRENCY="1") as service:
         with locked_table(direct):
             assert service.signup(json=USER).status_code == 500
@@ -61,7 +63,7 @@ def test_the_roles_time_out_ends_a_statement(pgbouncer: PgBouncer, direct: str) 
         assert answer.json()["user"]["created_at"].endswith("Z")
 
 
-def test_statements_wait_for_a_connection(pgbouncer: PgBouncer, direct: str) -> None:
+def test_statements_waiting_for_pgbouncer_count_exactly(pgbouncer: PgBouncer, direct: str) -> None:
     env: dict[str, Any] = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "5"}
     with (
         Service(DATABASE_URL=pgbouncer.url, WEB_CONCURRENCY="1", **env) as service,
@@ -70,13 +72,13 @@ def test_statements_wait_for_a_connection(pgbouncer: PgBouncer, direct: str) -> 
         with locked_table(direct):
             users = [user(f"{n}") for n in range(POOL * 2)]
             answers = [executor.submit(service.signup, json=user) for user in users]
-            # Half of them wait in PostgreSQL for the lock, the others in PgBouncer.
+            # Half of the statements wait for the lock in PostgreSQL, the others in PgBouncer.
             service.wait_for(signup_requests_in_flight=POOL * 2)
         assert {answer.result().status_code for answer in answers} <= {201, 500}
         service.check_equalities(count_users(direct))
 
 
-def test_it_is_restarted_under_load(pgbouncer: PgBouncer, direct: str) -> None:
+def test_killed_pgbouncer_loses_no_acknowledged_signup(pgbouncer: PgBouncer, direct: str) -> None:
     with Service(DATABASE_URL=pgbouncer.url, WEB_CONCURRENCY="2") as service:
         with Signups(service) as load:
             wait_until(lambda: service.answers[201] > 200)

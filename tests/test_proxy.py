@@ -43,7 +43,7 @@ def stack(postgres: Postgres) -> Iterator[Stack]:
         "WEB_CONCURRENCY": "2",
         "METRICS_SAMPLE_INTERVAL": "0.05",
     }
-    # The second one has a port that it keeps over a restart.
+    # The second service keeps its port across a restart.
     with (
         Service(**env) as first,
         Service(port=free_port(), **env) as second,
@@ -54,7 +54,7 @@ def stack(postgres: Postgres) -> Iterator[Stack]:
 
 @pytest.fixture
 def own(postgres: Postgres) -> Iterator[Stack]:
-    """For a test that counts, or that breaks something."""
+    """A separate stack for a test that counts requests or breaks an instance."""
     with stack(postgres) as own:
         yield own
 
@@ -70,7 +70,7 @@ def signups(service: Service) -> float:
 
 
 def raw(nginx: Nginx, request: str) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """What nginx answers to `request` as it stands: status, headers and body."""
+    """Send `request` as is; return the status, headers and body of the response."""
     port = int(nginx.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(request.encode())
@@ -79,7 +79,7 @@ def raw(nginx: Nginx, request: str) -> tuple[int, http.client.HTTPMessage, bytes
         return response.status, response.headers, response.read()
 
 
-def test_signups_spread_and_totals_are_exact(own: Stack) -> None:
+def test_signups_are_balanced_and_counted_exactly(own: Stack) -> None:
     with Signups(own.nginx) as load:
         wait_until(lambda: own.nginx.answers.total() > 500)
     assert not load.unanswered
@@ -89,12 +89,12 @@ def test_signups_spread_and_totals_are_exact(own: Stack) -> None:
     assert shares == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> None:
+def test_killing_or_stopping_an_instance_costs_at_most_one_request_per_client(own: Stack) -> None:
     second = own.services[1]
     clients = 8
 
     def more(count: int = 300) -> int:
-        """How many were lost or got a 502, once that many requests more were answered."""
+        """Wait for `count` more responses; return how many requests were lost or got a 502."""
         goal = own.nginx.answers.total() + count
         wait_until(lambda: own.nginx.answers.total() > goal)
         return own.nginx.answers[502] + load.unanswered.total()
@@ -103,18 +103,18 @@ def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> No
         assert more() == 0
         second.kill()
         killed = more()
-        assert killed <= clients  # each of which had one request in flight
-        cut_short = load.unanswered.copy()  # the head of an answer had been sent
+        assert killed <= clients  # each had one request in flight
+        cut_short = load.unanswered.copy()  # lost after the head of the response
         with second:
             wait_until(lambda: signups(second) > 50)
             old = second.worker_pids()
             second.process.send_signal(signal.SIGHUP)
             wait_until(lambda: not any(map(is_alive, old)), timeout=40)
-            assert more() == killed  # a reload costs nothing
+            assert more() == killed  # a reload loses no request
             second.process.send_signal(signal.SIGTERM)
             assert second.wait() == 0
-            # What waits in the queue of a listener is reset when it closes. nginx can't know that
-            # it was not executed, and leaves the replica alone for a while.
+            # A listener that closes resets the connections in its queue. nginx can't know that
+            # those requests were not executed, and avoids the instance for a while.
             assert more() <= killed + clients
     assert load.unanswered == cut_short
     assert set(own.nginx.answers) <= {201, 400, 409, 502}
@@ -122,7 +122,7 @@ def test_an_instance_is_killed_reloaded_and_stopped_under_load(own: Stack) -> No
     assert stored >= set(load.acknowledged)
 
 
-def test_a_post_that_may_have_been_executed_is_not_repeated(own: Stack) -> None:
+def test_signup_that_may_have_been_executed_is_not_retried(own: Stack) -> None:
     def in_flight(service: Service) -> float:
         return service.metrics().get_value("signup_requests_in_flight")
 
@@ -136,12 +136,12 @@ def test_a_post_that_may_have_been_executed_is_not_repeated(own: Stack) -> None:
         assert "may have been executed" in response.json()["error"]
         assert signups(other) == 0
         assert in_flight(other) == 0
-    # PostgreSQL went on with the statement: a second one would have been answered with 409.
+    # PostgreSQL completed the statement: a retry would have returned 409.
     wait_until(lambda: count_users(own.database) == 1)
     assert own.nginx.signup(json=USER).status_code == 409
 
 
-def test_no_instance(own: Stack) -> None:
+def test_no_running_instance_returns_502(own: Stack) -> None:
     for service in own.services:
         service.stop()
     for _ in range(4):
@@ -151,7 +151,7 @@ def test_no_instance(own: Stack) -> None:
         assert response.headers["X-Request-ID"]
 
 
-def test_one_client_is_limited_and_others_are_not(own: Stack) -> None:
+def test_rate_limit_applies_per_client(own: Stack) -> None:
     started = time.monotonic()
 
     def signup(number: int) -> requests.Response:
@@ -167,14 +167,14 @@ def test_one_client_is_limited_and_others_are_not(own: Stack) -> None:
         assert answer.json() == {"error": "too many requests, retry later"}
         assert answer.headers["Content-Type"] == "application/json"
         assert answer.headers["Retry-After"] == "1"
-    assert own.nginx.signup(json=USER).status_code == 201  # of another address
+    assert own.nginx.signup(json=USER).status_code == 201  # from another address
     wait_until(lambda: own.nginx.signup(json=USER, address="127.0.0.9").status_code == 409)
     assert sum(map(signups, own.services)) == own.nginx.answers.total() - own.nginx.answers[429]
     assert count_users(own.database) == passed + 1
 
 
 @pytest.mark.parametrize("path", HIDDEN)
-def test_what_is_for_the_inside_is_not_reachable(nginx: Nginx, path: str) -> None:
+def test_internal_endpoints_are_not_reachable(nginx: Nginx, path: str) -> None:
     name = path[1:]
     for target in (
         *(path, f"{path}/", f"{path}?a=b", f"{path}#a", f"/{path}", f"//{path}", f"{path};a=b"),
@@ -193,7 +193,7 @@ def test_what_is_for_the_inside_is_not_reachable(nginx: Nginx, path: str) -> Non
             assert set(json.loads(body)) == {"error"}, target
 
 
-def test_the_contract_is_the_same_through_the_proxy(nginx: Nginx) -> None:
+def test_contract_is_the_same_through_the_proxy(nginx: Nginx) -> None:
     assert nginx.get("/").json() == {"message": "welcome"}
     assert nginx.get("/healthz").json() == {"status": "ok"}
     assert nginx.signup(json=USER).status_code == 201
@@ -223,7 +223,7 @@ def test_the_contract_is_the_same_through_the_proxy(nginx: Nginx) -> None:
         ("GET / HTTP/3.0\r\nHost: x\r\n\r\n", 505),
     ],
 )
-def test_what_nginx_refuses_is_refused_in_json(
+def test_nginx_refuses_invalid_requests_in_json(
     nginx: Nginx, request_text: str, status: int
 ) -> None:
     got, headers, body = raw(nginx, request_text)
@@ -233,20 +233,20 @@ def test_what_nginx_refuses_is_refused_in_json(
     assert set(json.loads(body)) == {"error"}
 
 
-def test_a_request_keeps_its_id_and_says_nothing_of_itself(nginx: Nginx) -> None:
+def test_request_id_is_kept_and_forwarded_headers_are_dropped(nginx: Nginx) -> None:
     answer = nginx.signup(json=USER, headers={"X-Request-ID": "mine-1"})
     assert answer.headers["X-Request-ID"] == "mine-1"
     for bad in ("a b", "x" * 129, "a@b"):
         given = nginx.signup(headers={"X-Request-ID": bad}).headers["X-Request-ID"]
         assert len(given) == 32
-        # nginx writes the line once the answer is sent.
+        # nginx logs a request only after its response.
         wait_until(lambda: f'"request_id": "{given}"' in nginx.log())
-    # gunicorn would refuse these two together, of whoever it believes; it believes this machine.
+    # gunicorn trusts this machine, and would refuse these two headers together.
     lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
     assert nginx.signup(headers=lies).json() == {"error": "invalid request body"}
 
 
-def test_forwarded_headers_are_believed_of_the_proxy_alone(database_url: str) -> None:
+def test_forwarded_headers_are_trusted_only_from_the_proxy(database_url: str) -> None:
     lies = {"X-Forwarded-Proto": "https", "X-Forwarded-Ssl": "off"}
     for proxies, status in (("127.0.0.0/8", 400), ("192.0.2.0/24", 200)):
         env: dict[str, Any] = {"DATABASE_URL": database_url, "FORWARDED_ALLOW_IPS": proxies}
@@ -254,7 +254,7 @@ def test_forwarded_headers_are_believed_of_the_proxy_alone(database_url: str) ->
             assert service.get("/", headers=lies).status_code == status
 
 
-def test_the_access_log_has_a_line_a_request_and_nothing_personal(own: Stack) -> None:
+def test_access_log_has_one_line_per_request_and_no_personal_data(own: Stack) -> None:
     nginx = own.nginx
     query = "?email=ada@example.com"
     agent = {"User-Agent": "agent-7", "Referer": "http://example.org/7"}
@@ -264,7 +264,7 @@ def test_the_access_log_has_a_line_a_request_and_nothing_personal(own: Stack) ->
     raw(nginx, "ada@example.com\r\n\r\n")
     wait_until(lambda: nginx.log().count("\n") == 4)
     lines = [json.loads(line) for line in nginx.log().splitlines()]
-    # nginx has two processes, so the order may be another one.
+    # nginx has two worker processes, so the order may differ.
     assert {(line["method"], line["path"], line["status"]) for line in lines} == {
         ("POST", "/signup", 201),
         ("GET", "other", 404),

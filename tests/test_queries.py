@@ -39,7 +39,7 @@ IN_RUNBOOK = [
 
 
 def average(samples: Samples, name: str, codes: Iterable[str] = ()) -> float:
-    """The mean of a histogram, or of its part with one of these codes."""
+    """Return the mean of a histogram, of all or only these status codes."""
     parts = [{"status_code": code} for code in codes] or [{}]
     total, count = (
         sum(samples.total(f"{name}_{what}", **part) for part in parts) for what in ("sum", "count")
@@ -49,7 +49,7 @@ def average(samples: Samples, name: str, codes: Iterable[str] = ()) -> float:
 
 @cache
 def answers(watched: Watched) -> dict[str, object]:
-    """By the text above a query: a value, or a value for each label, or a check."""
+    """Map the text above each query to a value, a value per label, or a check."""
     now = watched.samples
     rate = {name: count / 300 for name, count in ERRORS.items()}
     duration, query = "signup_request_duration_seconds", "database_query_duration_seconds"
@@ -102,7 +102,7 @@ def answers(watched: Watched) -> dict[str, object]:
         "Idle connections": idle,
         "Available connections, open or not yet opened": 25 - WAITING,
         "Pool churn: changes of the number of open connections in 5 minutes, a lower bound": (
-            lambda changes: changes >= 2  # opened, ended when the role changed, and opened again
+            lambda changes: changes >= 2  # opened, closed when the role changed, reopened
         ),
         "p95 wait for a connection, in seconds": quantile(now, 0.95, "database_pool_wait_seconds"),
         "Pool timeouts of the last hour": 0,
@@ -130,18 +130,18 @@ def answers(watched: Watched) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("query", [*QUERIES.values(), *IN_RUNBOOK])
-def test_every_series_is_of_a_job(query: str) -> None:
+def test_every_series_selects_a_job(query: str) -> None:
     names = re.findall(r"\b(?:signup|database|process|container)_\w+|\bup\b|\w+:\w+:\w+", query)
     assert len(names) == len(re.findall(r'\{job="(?:signup-server|cadvisor)"', query))
 
 
-def test_every_query_has_an_answer(watched: Watched) -> None:
+def test_every_query_has_an_expected_result(watched: Watched) -> None:
     assert len(QUERIES) == TEXT.count("```promql")
     assert QUERIES.keys() == answers(watched).keys()
 
 
 @pytest.mark.parametrize("what", QUERIES)
-def test_query(what: str, watched: Watched) -> None:
+def test_query_returns_the_expected_result(what: str, watched: Watched) -> None:
     query, answer = QUERIES[what], answers(watched)[what]
     time = watched.an_hour_ago if "container_" in query else watched.now
     result = watched.prometheus.query(query, time)
@@ -156,13 +156,13 @@ def test_query(what: str, watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("query", IN_RUNBOOK)
-def test_query_of_the_runbook(query: str, watched: Watched) -> None:
+def test_runbook_query_returns_data(query: str, watched: Watched) -> None:
     result = watched.prometheus.query(query, watched.now)
     assert result
     assert all(map(math.isfinite, result.values()))
 
 
 @pytest.mark.parametrize("query", [*QUERIES.values(), *IN_RUNBOOK])
-def test_query_without_traffic(query: str, watched: Watched) -> None:
+def test_query_without_traffic_returns_finite_values(query: str, watched: Watched) -> None:
     result = watched.prometheus.query(query, watched.idle)
     assert all(map(math.isfinite, result.values()))

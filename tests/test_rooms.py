@@ -1,10 +1,10 @@
-"""The rooms of the project import one way."""
+"""Imports between the rooms of the project go one way."""
 
 import ast
 
 from testbed import ROOT
 
-# What each room may import of the others.
+# The other rooms that each room may import.
 ALLOWED: dict[str, set[str]] = {
     "signup": set(),
     "app.py": {"signup"},
@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def imported(room: str) -> set[str]:
-    """The other rooms that a room, a folder or a file, imports."""
+    """Return the other rooms that `room`, a folder or a file, imports."""
     path = ROOT / room
     found = set()
     for file in path.rglob("*.py") if path.is_dir() else [path]:
@@ -29,9 +29,9 @@ def imported(room: str) -> set[str]:
     return {name.partition(".")[0] for name in found} & ALLOWED.keys() - {room}
 
 
-def test_rooms_import_one_way() -> None:
+def test_rooms_import_only_allowed_rooms() -> None:
     directions = {room: imported(room) for room in ALLOWED}
     for room, others in directions.items():
         print(f"{room:16} -> {', '.join(sorted(others)) or '(nothing)'}")
         assert others <= ALLOWED[room]
-    assert directions["app.py"] == directions["testbed"] == {"signup"}  # so it does find some
+    assert directions["app.py"] == directions["testbed"] == {"signup"}  # imports are found

@@ -1,4 +1,4 @@
-"""The rules and their promtool tests: that they pass, and that nothing is left out."""
+"""The rules and their promtool tests: they pass, and every rule has tests."""
 
 import re
 import subprocess
@@ -33,12 +33,12 @@ def seconds(duration: str) -> int:
 
 
 @pytest.mark.needs("promtool", "amtool", "prometheus-blackbox-exporter")
-def test_everything_passes_promtool_and_amtool() -> None:
+def test_configuration_and_rules_pass_make_check_rules() -> None:
     done = subprocess.run(["make", "check-rules"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_has_its_tests() -> None:
+def test_every_alert_has_promtool_tests() -> None:
     expected = defaultdict(list)
     for test in TESTS:
         kind = test["name"].partition(":")[0]
@@ -50,13 +50,13 @@ def test_every_alert_has_its_tests() -> None:
             assert firing - silent == seconds(test["evaluation_interval"]), test["name"]
     assert expected["Watchdog", "fires"] == [True]
     for alert in ALERTS.keys() - {"Watchdog"}:
-        # Silent until the last moment of its `for`, and then firing.
+        # Silent one evaluation before its `for` has passed, then firing.
         for kind in ("fires", "two replicas", "reset"):
             assert expected[alert, kind][:2] == [False, True], (alert, kind)
         assert expected[alert, "below"], alert
         assert not any(expected[alert, "below"]), alert
         assert "for" in ALERTS[alert]
-    # No alert at all without traffic, nor when healthy replicas restart.
+    # No alert fires without traffic, or when healthy replicas restart.
     for name in ("idle: no traffic at all", "reset: healthy traffic, and both replicas restart"):
         (test,) = (test for test in TESTS if test["name"] == name)
         of_alerts = [t for t in test["promql_expr_test"] if "ALERTS" in t["expr"]]
@@ -74,7 +74,7 @@ def test_every_recording_rule_has_a_value_test() -> None:
     assert tested == RECORDS.keys()
 
 
-def test_alerts_say_what_to_do() -> None:
+def test_every_alert_has_a_severity_and_a_runbook_section() -> None:
     headings = re.findall(r"^#+ (.*)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
     for name, rule in ALERTS.items():
         assert rule["labels"].keys() == {"severity", "service"}
@@ -84,8 +84,8 @@ def test_alerts_say_what_to_do() -> None:
         assert name in headings
 
 
-def test_rules_read_what_there_is(service: Service) -> None:
-    """Else an alert is one that can never fire."""
+def test_rules_read_only_exposed_metrics_and_labels(service: Service) -> None:
+    """An alert on anything else could never fire."""
     samples = service.metrics()
     names = {name for name, _ in samples}
     values = {value for _, labels in samples for value in dict(labels).values()}
@@ -96,7 +96,7 @@ def test_rules_read_what_there_is(service: Service) -> None:
             assert record in RECORDS, (rule, record)
         for value in re.findall(r'\b(?:status_code|error_type|state|le)="(.*?)"', rule["expr"]):
             assert value in values, (rule, value)
-    # What SignupMetricsMissing counts.
+    # The number of metrics that SignupMetricsMissing expects.
     own = {name for name in names if name.startswith(("signup_", "database_"))}
     assert f">= {len(own)}" in ALERTS["SignupMetricsMissing"]["expr"]
 
@@ -117,7 +117,7 @@ def test_metric_names_pass_promtool(service: Service) -> None:
     ("severity", "receiver"),
     [("critical", "page"), ("warning", "ticket"), ("info", "info"), ("none", "watchdog")],
 )
-def test_severities_have_receivers(severity: str, receiver: str) -> None:
+def test_each_severity_is_routed_to_its_receiver(severity: str, receiver: str) -> None:
     for alert, rule in ALERTS.items():
         if rule["labels"]["severity"] == severity:
             assert receiver_of(alertname=alert, job="signup-server", **rule["labels"]) == receiver
@@ -125,8 +125,8 @@ def test_severities_have_receivers(severity: str, receiver: str) -> None:
 
 @pytest.mark.needs("amtool")
 @pytest.mark.parametrize("rule", ALERTMANAGER["inhibit_rules"], ids=str)
-def test_what_inhibits_is_told_and_on_the_same_service(rule: dict[str, list[str]]) -> None:
-    """tests/test_alerts.py has a real Alertmanager inhibit; here is that nothing is lost by it."""
+def test_inhibiting_alert_pages_and_inhibits_only_its_own_job(rule: dict[str, list[str]]) -> None:
+    """The alert that inhibits others pages. tests/test_alerts.py runs it in a real Alertmanager."""
     source, target = (
         re.fullmatch(r'alertname(!?=)"(\w+)"', rule[f"{side}_matchers"][0])
         for side in ("source", "target")

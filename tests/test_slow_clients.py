@@ -1,4 +1,4 @@
-"""Clients that are slow, or never finish, do not keep others from signing up."""
+"""Slow and stalled clients do not block other clients."""
 
 import contextlib
 import json
@@ -37,15 +37,15 @@ def clients(service: Service, count: int) -> Iterator[list[socket.socket]]:
         HEAD,
         HEAD + LENGTH + BODY[:10],
         HEAD + CHUNKED[:60],
-        HEAD + CHUNKED[:31],  # in the size of a chunk
-        HEAD + b"Content-Length: 999999\r\n\r\n{",  # refused at once; the client goes on and on
+        HEAD + CHUNKED[:31],  # stops inside a chunk size
+        HEAD + b"Content-Length: 999999\r\n\r\n{",  # refused at once; the client keeps sending
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffff\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",  # and never closes its side
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD,  # a whole request, and a part of one
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",  # client side stays open
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD,  # a complete request and a part of another
     ],
 )
-def test_others_are_served_meanwhile(service: Service, start: bytes) -> None:
-    with clients(service, 100) as slow:  # of four workers
+def test_slow_clients_do_not_block_others(service: Service, start: bytes) -> None:
+    with clients(service, 100) as slow:  # on four workers
         for client in slow:
             client.sendall(start)
         for _ in range(20):
@@ -55,7 +55,7 @@ def test_others_are_served_meanwhile(service: Service, start: bytes) -> None:
                     client.send(b"x")
 
 
-def test_a_byte_at_a_time_gets_there(service: Service) -> None:
+def test_request_sent_byte_by_byte_is_served(service: Service) -> None:
     with clients(service, 2) as slow:
         for client, rest, status in zip(
             slow, (LENGTH + BODY, CHUNKED), (b"201", b"409"), strict=True
@@ -66,7 +66,7 @@ def test_a_byte_at_a_time_gets_there(service: Service) -> None:
             assert client.recv(100).split()[1] == status
 
 
-def test_two_requests_at_once_get_two_answers(service: Service) -> None:
+def test_pipelined_requests_get_responses_in_order(service: Service) -> None:
     request = (HEAD + LENGTH + BODY).replace(b"slow@", b"twos@")
     with clients(service, 1) as (client,):
         client.sendall(
@@ -76,7 +76,7 @@ def test_two_requests_at_once_get_two_answers(service: Service) -> None:
         assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"201", b"409", b"200"]
 
 
-def test_answers_that_do_not_fit_at_once_get_there(service: Service) -> None:
+def test_slow_reader_gets_every_response(service: Service) -> None:
     document, count = service.get("/openapi.json").content, 600
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

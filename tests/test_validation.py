@@ -1,4 +1,4 @@
-"""What parse_signup takes, and what it refuses and why."""
+"""What parse_signup accepts, what it refuses, and its messages."""
 
 import json
 import random
@@ -13,14 +13,14 @@ from signup.validation import InvalidBody, InvalidField, Signup, fold_email, par
 from testbed.service import USER
 
 UNICODE = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
-BLANK = "\u2800\U0001d159\U00016fe4\U00013441\U00013442"  # their glyphs, by their names
+BLANK = "\u2800\U0001d159\U00016fe4\U00013441\U00013442"  # blank glyphs, by their Unicode names
 
 
 def body(**changes: object) -> bytes:
     return json.dumps(USER | changes).encode()
 
 
-def test_fields_are_trimmed_and_unknown_ones_ignored() -> None:
+def test_fields_are_trimmed_and_unknown_fields_are_ignored() -> None:
     given = body(email=" Ada@EXAMPLE.com\n", first_name="\tAda ", age=36)
     assert parse_signup(given) == Signup("Ada@example.com", "Ada", "Lovelace")
 
@@ -41,19 +41,19 @@ def test_fields_are_trimmed_and_unknown_ones_ignored() -> None:
         "O\u02bbahu",  # a letter that looks like an apostrophe
         "\U0001f469\u200d\U0001f469\u200d\U0001f467",  # one family of three emoji and two joiners
         "❤\ufe0f",  # in colour, by a variation selector
-        "葛\U000e0100",  # a variant, by another kind of them
+        "葛\U000e0100",  # a variant glyph, by an ideographic variation selector
         "Zoe\u0308",
         "e\u034f\u0301",
-        "\u0301",  # a mark without a letter can be seen
+        "\u0301",  # a combining mark alone is visible
     ],
 )
-def test_names_of_all_sorts(name: str) -> None:
+def test_unusual_names_are_accepted_unchanged(name: str) -> None:
     assert parse_signup(body(first_name=name)).first_name == name
     as_utf8 = json.dumps(USER | {"last_name": name}, ensure_ascii=False).encode()
     assert parse_signup(as_utf8).last_name == name
 
 
-def test_a_name_that_shows_nothing_is_missing() -> None:
+def test_invisible_name_is_refused() -> None:
     ignorable = regex.compile(r"\p{Default_Ignorable_Code_Point}")
     unseen = [c for c in UNICODE if c.isspace() or c in BLANK or ignorable.match(c)]
     assert len(unseen) > 4000
@@ -79,7 +79,7 @@ def test_a_name_that_shows_nothing_is_missing() -> None:
         "x" * 64 + "@example.com",
     ],
 )
-def test_emails_of_all_sorts(email: str) -> None:
+def test_valid_emails_are_accepted_unchanged(email: str) -> None:
     assert parse_signup(body(email=email)).email == email
 
 
@@ -108,7 +108,7 @@ def test_emails_of_all_sorts(email: str) -> None:
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     ],
 )
-def test_what_is_not_an_object_of_strings(given: bytes) -> None:
+def test_body_other_than_an_object_of_strings_is_invalid(given: bytes) -> None:
     with pytest.raises(InvalidBody):
         parse_signup(given)
 
@@ -137,14 +137,12 @@ def test_what_is_not_an_object_of_strings(given: bytes) -> None:
         ({"last_name": "Love\u200blace"}, "last_name", "last name must not contain control"),
         ({"last_name": "Love\u2028lace"}, "last_name", "last name must not contain control"),
         ({"last_name": "\u202eecalevoL"}, "last_name", "last name must not contain control"),
-        # The first failing field counts.
+        # Only the first invalid field is reported.
         ({"email": "", "first_name": "", "last_name": ""}, "email", "email is required"),
         ({"first_name": "", "last_name": ""}, "first_name", "first name is required"),
     ],
 )
-def test_the_first_field_that_breaks_a_rule(
-    changes: dict[str, str], field: str, message: str
-) -> None:
+def test_first_invalid_field_is_reported(changes: dict[str, str], field: str, message: str) -> None:
     with pytest.raises(InvalidField) as caught:
         parse_signup(body(**changes))
     assert caught.value.args[0] == field
@@ -152,14 +150,14 @@ def test_the_first_field_that_breaks_a_rule(
 
 
 @pytest.mark.parametrize("field", USER)
-def test_a_missing_field(field: str) -> None:
+def test_missing_field_is_reported_as_required(field: str) -> None:
     given = {name: value for name, value in USER.items() if name != field}
     with pytest.raises(InvalidField) as caught:
         parse_signup(json.dumps(given).encode())
     assert caught.value.args == (field, f"{field.replace('_', ' ')} is required")
 
 
-def test_plain_emails_are_judged_as_by_the_library() -> None:
+def test_email_verdicts_equal_those_of_email_validator() -> None:
     draw = random.Random(8)  # the same emails in every run
 
     def text(alphabet: str, most: int) -> str:
@@ -179,7 +177,7 @@ def test_plain_emails_are_judged_as_by_the_library() -> None:
             found = parse_signup(body(email=email)).email
         except InvalidField as error:
             found = error.args[1]
-        if len(email) <= 254:  # there is a message of our own for longer ones
+        if len(email) <= 254:  # the service has its own message for longer emails
             assert found == expected
             verdicts.add("@" in found)
     assert verdicts == {True, False}
@@ -197,7 +195,7 @@ def test_plain_emails_are_judged_as_by_the_library() -> None:
         ("ﬁsch", "FISCH", "fisch"),
     ],
 )
-def test_spellings_in_other_letter_cases_fold_to_one(spellings: tuple[str, ...]) -> None:
+def test_letter_cases_of_an_email_fold_to_one(spellings: tuple[str, ...]) -> None:
     assert len({fold_email(f"{local}@example.com") for local in spellings}) == 1
     others = {fold_email(f"{local}x@example.com") for local in spellings}
     assert len(others) == 1
@@ -207,12 +205,12 @@ def test_spellings_in_other_letter_cases_fold_to_one(spellings: tuple[str, ...])
 @pytest.mark.parametrize(
     ("one", "other"), [("jose", "josé"), ("ivan", "İvan"), ("Ａda", "Ada"), ("a.da", "ada")]
 )
-def test_other_emails_stay_apart(one: str, other: str) -> None:
+def test_different_emails_fold_differently(one: str, other: str) -> None:
     assert fold_email(f"{one}@example.com") != fold_email(f"{other}@example.com")
 
 
-def test_python_changes_no_letter_case_that_is_not_folded() -> None:
-    # Turkish and Azerbaijani alone have an I without a dot; its capital is everybody's I.
+def test_every_letter_case_of_a_text_folds_the_same() -> None:
+    # The dotless i of Turkish and Azerbaijani: its capital is the ordinary I.
     exceptions = {"ı"}
     changes = (str.upper, str.lower, str.title, str.swapcase)
 

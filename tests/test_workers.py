@@ -1,4 +1,4 @@
-"""What stays true while workers come and go."""
+"""Metrics, signups and files while workers start, stop and are killed."""
 
 import itertools
 import os
@@ -25,27 +25,27 @@ from testbed.programs import is_alive
 from testbed.service import USER, Service, user
 
 
-def test_replacements_of_all_sorts_under_load(url: str) -> None:
+def test_worker_replacements_under_load_keep_totals_and_leak_no_files(url: str) -> None:
     with Service("--max-requests=100", DATABASE_URL=url, WEB_CONCURRENCY=str(WORKERS)) as service:
         report = soak(service, url, replacements=12)
-    # A reload has old and new workers at once; the master has two files.
+    # A reload runs old and new workers at once. The master has two files of its own.
     assert report.files_after <= 3 * 2 * WORKERS + 2
     assert report.scrapes > 30
 
 
-def test_live_workers_never_share_a_slot(url: str) -> None:
+def test_live_workers_never_share_metrics_files(url: str) -> None:
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="3") as service,
         ThreadPoolExecutor(1) as executor,
     ):
-        # One that is not there yet when it is to end again would not count as a start.
+        # A worker that is stopped before it runs would not count as a start.
         service.wait_for(database_connections_max=25)
         with locked_table(url):
-            # What it is working on keeps an old worker alive beside the new ones.
+            # Its request in flight keeps an old worker alive beside the new ones.
             request = executor.submit(service.signup, json=USER)
             wait_until(lambda: service.metrics().get_value("signup_requests_in_flight"))
             service.process.send_signal(signal.SIGHUP)
-            # All new ones have loaded the application, and of the old ones that one is left.
+            # All new workers have loaded the application, and only that old worker is left.
             service.wait_for(signup_worker_starts_total=3 + 3)
             wait_until(lambda: len(service.worker_pids()) == 3 + 1)
             wait_until(lambda: all(map(service.metric_files, service.worker_pids())))
@@ -59,7 +59,7 @@ def test_live_workers_never_share_a_slot(url: str) -> None:
         service.check_equalities(count_users(url))
 
 
-def test_live_gauges_drop_with_their_worker(url: str) -> None:
+def test_gauges_of_a_killed_worker_are_dropped(url: str) -> None:
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="2", METRICS_SAMPLE_INTERVAL="0.05") as service,
         ThreadPoolExecutor(1) as executor,
@@ -67,11 +67,11 @@ def test_live_gauges_drop_with_their_worker(url: str) -> None:
         service.wait_for(signup_workers=2)
         oldest, other = service.worker_pids()
         with locked_table(url):
-            os.kill(other, signal.SIGSTOP)  # so that the oldest one gets the request
+            os.kill(other, signal.SIGSTOP)  # the oldest worker gets the request
             request = executor.submit(service.signup, json=USER)
             wait_until(lambda: service.metrics().get_value("database_connections", state="in_use"))
             os.kill(other, signal.SIGCONT)
-            service.process.send_signal(signal.SIGTTOU)  # ends the oldest one, and starts no other
+            service.process.send_signal(signal.SIGTTOU)  # stops the oldest worker, starts none
             wait_until(lambda: "Handling signal: ttou" in service.log())
             os.kill(oldest, signal.SIGKILL)
             service.wait_for(signup_workers=1)
@@ -81,7 +81,7 @@ def test_live_gauges_drop_with_their_worker(url: str) -> None:
         assert isinstance(request.exception(), requests.ConnectionError)
 
 
-def test_term_finishes_what_is_in_flight(url: str) -> None:
+def test_term_finishes_requests_in_flight(url: str) -> None:
     with (
         Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service,
         ThreadPoolExecutor(4) as executor,
@@ -97,7 +97,7 @@ def test_term_finishes_what_is_in_flight(url: str) -> None:
     assert count_users(url) == 4
 
 
-def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
+def test_worker_that_gets_term_while_it_starts_stops(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
         (pid,) = service.worker_pids()
         for _ in range(5):
@@ -108,9 +108,9 @@ def test_a_worker_that_is_told_to_end_while_it_starts_ends(url: str) -> None:
         assert service.get("/healthz").status_code == 200
 
 
-def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
+def test_process_metrics_sum_the_master_and_workers(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        # Both have loaded the application, and so have their files open.
+        # Both workers have loaded the application and opened their files.
         service.wait_for(database_connections_max=25)
         before = service.metrics()
         pids = [service.process.pid, *service.worker_pids()]
@@ -125,7 +125,7 @@ def test_the_process_metrics_are_those_of_master_and_workers(url: str) -> None:
             wait_until(lambda: service.answers.total() > 300)
         worked = service.metrics().get_value("process_cpu_seconds_total")
         assert worked > before.get_value("process_cpu_seconds_total")
-        # What a worker has used stays counted when it is gone.
+        # The CPU time of a dead worker stays counted.
         for pid in service.worker_pids():
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: service.boots() == 4)
@@ -140,7 +140,7 @@ def proc_kilobytes(pid: int, name: str) -> int:
     raise KeyError(name)
 
 
-def test_each_master_has_a_folder_of_its_own_in_the_named_one(url: str, tmp_path: Path) -> None:
+def test_each_master_has_its_own_folder_in_the_configured_one(url: str, tmp_path: Path) -> None:
     (tmp_path / "counter_7.db").write_text("mine")
     named: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     with Service(**named) as service:
@@ -154,8 +154,8 @@ def test_each_master_has_a_folder_of_its_own_in_the_named_one(url: str, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["counter_7.db"]
 
 
-def test_the_folder_goes_with_its_master_or_with_the_next_one(url: str, tmp_path: Path) -> None:
-    # In a place of its own: every service that starts drops such folders.
+def test_metrics_folder_is_removed_by_its_master_or_the_next(url: str, tmp_path: Path) -> None:
+    # A separate parent folder: every starting service removes leftover folders.
     named: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     with Service(**named) as service:
         folder = service.metrics_folder()
@@ -165,16 +165,14 @@ def test_the_folder_goes_with_its_master_or_with_the_next_one(url: str, tmp_path
         left_over = killed.metrics_folder()
         workers = killed.worker_pids()
         killed.stop(signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, workers)))  # they notice and end
+        wait_until(lambda: not any(map(is_alive, workers)))  # they notice and exit
         assert left_over.exists()
     with Service(**named):
         assert not left_over.exists()
 
 
 @pytest.mark.parametrize("what", ["folder", "files"])
-def test_a_folder_that_is_removed_gives_no_empty_scrape_and_is_made_anew(
-    url: str, what: str
-) -> None:
+def test_removed_metrics_folder_fails_scrapes_until_the_next_fork(url: str, what: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         service.wait_for(database_connections_max=25)
         assert service.signup(json=USER).status_code == 201
@@ -188,10 +186,10 @@ def test_a_folder_that_is_removed_gives_no_empty_scrape_and_is_made_anew(
             response = service.get("/metrics")
             assert response.status_code == 500
             assert response.json() == {"error": "internal server error"}
-            assert service.signup(json=USER).status_code == 409  # signups go on
+            assert service.signup(json=USER).status_code == 409  # signups still work
         old = service.worker_pids()
         os.kill(old[0], signal.SIGKILL)
-        # The next fork makes the folder, and replaces all workers, whose counts begin anew.
+        # The next fork recreates the folder and replaces all workers. Their counts restart at 0.
         statuses = set()
 
         def recovered() -> bool:
@@ -212,7 +210,7 @@ def test_a_folder_that_is_removed_gives_no_empty_scrape_and_is_made_anew(
 
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory with room for the files of two workers."""
+    """Mount a tmpfs with room for the files of two workers."""
     options = ["-t", "tmpfs", "-o", f"size={(2 + 2 * 3) * 64 + 32}k", "tmpfs", str(tmp_path)]
     if subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs (root)")
@@ -220,13 +218,13 @@ def full(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_a_full_folder_is_one_error_and_no_loop_of_forks(url: str, full: Path) -> None:
+def test_full_metrics_folder_stops_the_service_with_one_error(url: str, full: Path) -> None:
     env: dict[str, Any] = {"DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(full)}
     with Service(WEB_CONCURRENCY="2", **env) as service:
         service.wait_for(signup_workers=2)
         service.wait_for(database_connections_max=25)
         assert service.signup(json=USER).status_code == 201
-        service.check_equalities(1)  # a scrape tells the truth
+        service.check_equalities(1)  # scrapes are exact
         service.process.send_signal(signal.SIGTTIN)
         assert service.wait() == 1
         assert service.boots() == 2
@@ -234,7 +232,7 @@ def test_a_full_folder_is_one_error_and_no_loop_of_forks(url: str, full: Path) -
         assert "PROMETHEUS_MULTIPROC_DIR" in reason
 
 
-def test_a_worker_that_dies_before_it_has_loaded_is_counted(url: str) -> None:
+def test_worker_killed_while_it_starts_counts_as_a_start(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
         service.wait_for(database_connections_max=25)
         (oldest, _), deaths = service.worker_pids(), 5
@@ -246,7 +244,7 @@ def test_a_worker_that_dies_before_it_has_loaded_is_counted(url: str) -> None:
         wait_until(lambda: service.metrics().get_value(starts) == 2 + deaths)
 
 
-def test_a_process_without_descriptors_recovers(url: str) -> None:
+def test_worker_recovers_from_running_out_of_file_descriptors(url: str) -> None:
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1", METRICS_SAMPLE_INTERVAL="0.05") as service:
         (worker,) = service.worker_pids()
         soft, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE)
@@ -254,11 +252,11 @@ def test_a_process_without_descriptors_recovers(url: str) -> None:
         with requests.Session() as session:
             assert session.get(service.url + "/healthz").status_code == 200
             process = psutil.Process(worker)
-            wait_until(lambda: len(process.net_connections()) == 2)  # this one, and the listener
+            wait_until(lambda: len(process.net_connections()) == 2)  # this one and the listener
             used = {int(link.name) for link in Path(f"/proc/{worker}/fd").iterdir()}
             free = next(number for number in itertools.count() if number not in used)
             resource.prlimit(worker, resource.RLIMIT_NOFILE, (free, hard))
-            for number in range(40):  # more than the pool has connections
+            for number in range(40):  # more than the pool's connections
                 body = user(f"{number}")
                 assert service.signup(json=body, session=session).status_code == 500
             resource.prlimit(worker, resource.RLIMIT_NOFILE, (soft, hard))
@@ -271,10 +269,10 @@ def test_a_process_without_descriptors_recovers(url: str) -> None:
         service.check_equalities(30)
 
 
-def test_the_shares_never_exceed_the_budget() -> None:
+def test_connection_shares_of_live_workers_fit_the_budget() -> None:
     for budget, workers in ((25, 2), (25, 4), (7, 3), (3, 3), (1, 1)):
         slots: list[Slot] = []
-        for _ in range(2 * workers):  # a start, and a reload
+        for _ in range(2 * workers):  # a start and a reload
             slots.append(Slot.choose({slot.number for slot in slots}, budget, workers, ""))
         assert [slot.number for slot in slots] == list(range(2 * workers))
         assert sum(slot.connections for slot in slots[:workers]) == budget
