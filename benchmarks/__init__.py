@@ -1,1 +1,1 @@
-"""How fast the service is, and how much it can do."""
+"""Throughput, latency, cost and capacity of the service."""

@@ -1,7 +1,7 @@
-"""`make bench`: this service beside its peers, on this machine and the same PostgreSQL.
+"""`make bench`: this service and its peers, on one machine and one PostgreSQL server.
 
-Every round runs all of them one after another, each with a database of its own, so that what else
-the machine does meets all; ratios are taken within a round. Each answer of 201 must be a row.
+Each round runs all contenders in turn, each on a new database, so that other load on the machine
+affects all of them. Ratios are taken within a round. Each 201 must have a row.
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from testbed.service import GUNICORN
 from .wrk import spread, wrk
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
-SECONDS = int(os.environ.get("SECONDS", "5"))  # of each measurement
+SECONDS = int(os.environ.get("SECONDS", "5"))  # per measurement
 CLIENTS = 32
 PEERS = ROOT / "benchmarks/peers"
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
-GUIDE = ROOT / ".venv-peers/bin/guide"  # only where there is Go
+GUIDE = ROOT / ".venv-peers/bin/guide"  # only if Go is installed
 MEGABYTE = 2**20
 OURS = "this service"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """How to start one; {port} and {folder}, an empty one, are filled in."""
+    """How to start a service; {port} and {folder}, an empty folder, are filled in."""
 
     name: str
     command: tuple[str, ...]
@@ -52,13 +52,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured in one round; times in seconds."""
+    """The measurements of one round; times in seconds."""
 
-    rate: float  # signups a second
+    rate: float  # signups per second
     p50: float
     p99: float
-    cpu: float  # for a signup, of all processes of the service
-    memory: float  # private bytes of a worker
+    cpu: float  # per signup, of all processes of the service
+    memory: float  # private bytes per worker
 
 
 GTHREAD = (str(PEERS_PYTHON), "-m", "gunicorn", "--bind=127.0.0.1:{port}")
@@ -69,7 +69,7 @@ CONTENDERS = (
         ROOT,
     ),
     Contender(
-        "the same without metrics",
+        "this service without metrics",
         (*GUNICORN, "--bind=127.0.0.1:{port}", "benchmarks.peers.without_metrics:app"),
         ROOT,
     ),
@@ -92,7 +92,7 @@ CONTENDERS = (
 
 
 def children(pid: int) -> list[int]:
-    """The live processes that `pid` has started."""
+    """Return the live children of `pid`."""
     pids: list[int] = []
     with contextlib.suppress(FileNotFoundError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -101,23 +101,23 @@ def children(pid: int) -> list[int]:
 
 
 def cpu(pid: int) -> float:
-    """CPU seconds of `pid` and its children, ended ones included."""
+    """Return the CPU seconds of `pid` and its children, including reaped ones."""
     seconds: float = sum(psutil.Process(pid).cpu_times()[:4])
     for child in children(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has exited
             seconds += sum(psutil.Process(child).cpu_times()[:2])
     return seconds
 
 
 def private_memory(pid: int) -> float:
-    """Bytes that nothing else shares."""
+    """Return the bytes of memory that `pid` shares with no other process."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M)) * 1024
 
 
 @contextlib.contextmanager
 def running(contender: Contender, url: str) -> Iterator[tuple[str, int]]:
-    """The service's URL and its main process."""
+    """Run `contender`; yield its URL and the pid of its main process."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="signup-bench-") as folder:
 
@@ -135,14 +135,14 @@ def running(contender: Contender, url: str) -> Iterator[tuple[str, int]]:
         )
         try:
             address = f"http://127.0.0.1:{port}"
-            wait_until(lambda: answers(address))
+            wait_until(lambda: is_serving(address))
             yield address, process.pid
         finally:
             process.terminate()
             process.wait(timeout=40)
 
 
-def answers(address: str) -> bool:
+def is_serving(address: str) -> bool:
     with contextlib.suppress(requests.ConnectionError):
         return requests.get(f"{address}/signup", timeout=10).status_code == 405
     return False
@@ -156,16 +156,16 @@ def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int
         rows, before = settled_rows(url), cpu(pid)
         run = wrk(address, clients, seconds)
         stored, used = settled_rows(url) - rows, cpu(pid) - before
-        processes = children(pid) or [pid]  # without children, it is one process
+        processes = children(pid) or [pid]  # no children: a single process
         workers = sorted((private_memory(p) for p in processes), reverse=True)[:2]
     assert warm.refused == warm.unanswered == run.refused == run.unanswered == 0, (warm, run)
-    # What is in flight when wrk ends is stored, and not counted by it.
+    # Requests in flight when wrk stops are stored, but wrk does not count them.
     assert run.created <= stored <= run.created + clients, (run, stored)
     return Result(run.rate, run.p50, run.p99, used / stored, sum(workers) / len(workers))
 
 
 def settled_rows(url: str) -> int:
-    """The number of rows, once none comes any more."""
+    """Return the number of rows once it has stopped growing."""
     rows = -1
 
     def settled() -> bool:
@@ -178,7 +178,7 @@ def settled_rows(url: str) -> int:
 
 
 def pgbench(postgres: Postgres, seconds: int) -> float:
-    """The same INSERT by pgbench, 25 clients: a second."""
+    """Return how many of the same INSERTs pgbench makes per second with 25 clients."""
     url = postgres.new_database()
     create_schema(Config.from_env({"DATABASE_URL": url}))
     parts = urlsplit(url)
@@ -206,7 +206,7 @@ def pgbench(postgres: Postgres, seconds: int) -> float:
 
 
 def wheel_program(name: str) -> Path:
-    """A program of the PostgreSQL that the tests use."""
+    """Return the path of a program of the embedded PostgreSQL."""
     (path,) = Path(sys.prefix).glob(f"lib/python*/site-packages/*/pginstall18/bin/{name}")
     return path
 
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """What the figures are of: processor, kernel, versions, commit."""
+    """Describe what is measured: processor, kernel, versions, commit."""
     model = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
     packages = ("gunicorn", "gevent", "flask", "psycopg2-binary", "prometheus-client")
     git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty")
@@ -242,7 +242,7 @@ def machine() -> str:
 
 
 def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
-    """A table: medians, with the least and the most; ratios of this service to each."""
+    """Print medians with minimum and maximum, and the ratio of this service to each."""
 
     def ratio(name: str, figure: Callable[[Result], float]) -> str:
         pairs = zip(results[OURS], results[name], strict=True)
@@ -253,7 +253,7 @@ def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
         ("p50 ms", lambda r: r.p50 * 1000, "{:.1f}".format),
         ("p99 ms", lambda r: r.p99 * 1000, "{:.1f}".format),
         ("CPU ms", lambda r: r.cpu * 1000, "{:.2f}".format),
-        ("MB a worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
+        ("MB per worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
     )
     print(machine())
     print(f"{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
@@ -261,9 +261,9 @@ def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
         print(name)
         for column, figure, form in columns:
             text = spread([figure(result) for result in rounds], form)
-            print(f"  {column:12} {text:26} x {ratio(name, figure)}")
-    print("the same INSERT by pgbench, 25 clients")
-    print(f"  {'signups/s':12} {spread(ceiling, '{:.0f}'.format)}")
+            print(f"  {column:13} {text:26} x {ratio(name, figure)}")
+    print("the same INSERT with pgbench, 25 clients")
+    print(f"  {'signups/s':13} {spread(ceiling, '{:.0f}'.format)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`make capacity`: what one core and one machine can do, and whether the table's size matters.
+"""`make capacity`: throughput of one core and of one machine, and the effect of table size.
 
-Rounds of all cases take turns, so that what else the machine does meets each of them.
+The cases take turns in each round, so that other load on the machine affects all of them.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .wrk import Run, spread, wrk
 
 ROUNDS = 5
 SECONDS = 4
-CLIENTS = 32  # what loads the machine; where the table's size matters, one shows it best
+CLIENTS = 32  # saturates the machine; one client shows the effect of table size best
 ROWS = (1_000, 100_000, 1_000_000)
 FILL = """
 INSERT INTO users (email, email_folded, first_name, last_name)
@@ -33,7 +33,7 @@ FROM generate_series(1, {}) AS n
 
 @dataclass
 class Case:
-    """A database, and what was measured in each round of a service on it; times in seconds."""
+    """A database, and the measurements of each round on it; times in seconds."""
 
     name: str
     url: str
@@ -42,14 +42,14 @@ class Case:
     runs: list[Run] = field(default_factory=list)
     inserts: list[float] = field(default_factory=list)
     scrapes: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # of the service, for a signup
-    database_cpu: list[float] = field(default_factory=list)  # of PostgreSQL, for a signup
+    cpu: list[float] = field(default_factory=list)  # of the service, per signup
+    database_cpu: list[float] = field(default_factory=list)  # of PostgreSQL, per signup
 
     def measure(self, postgres: Postgres, seconds: int) -> None:
         with Service(DATABASE_URL=self.url, WEB_CONCURRENCY="2") as service:
             wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
             with self.pin(service):
-                wrk(service.url, self.clients, 1)  # until each connection is there
+                wrk(service.url, self.clients, 1)  # opens the connections of the pool
                 rows, before = settled_rows(self.url), service.quiet_metrics()
                 pids = service.process.pid, postgres.pids()[0]
                 used = [cpu(pid) for pid in pids]
@@ -58,16 +58,16 @@ class Case:
                 used = [cpu(pid) - start for pid, start in zip(pids, used, strict=True)]
                 self.scrapes.append(scrape_time(service, times=30))
 
-        def grown(name: str) -> float:
+        def increase(name: str) -> float:
             return now.total(name) - before.total(name)
 
         assert run.refused == run.unanswered == 0, run
-        # What is in flight when wrk ends is stored, and not counted by it.
+        # Requests in flight when wrk stops are stored, but wrk does not count them.
         assert run.created <= signups <= run.created + self.clients, (run, signups)
-        assert grown("signup_requests_total") == signups
+        assert increase("signup_requests_total") == signups
         query = "database_query_duration_seconds"
         self.runs.append(run)
-        self.inserts.append(grown(f"{query}_sum") / grown(f"{query}_count"))
+        self.inserts.append(increase(f"{query}_sum") / increase(f"{query}_count"))
         self.cpu.append(used[0] / signups)
         self.database_cpu.append(used[1] / signups)
 
@@ -77,8 +77,8 @@ def milliseconds(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def apart(service: Service) -> Iterator[None]:
-    """The service on one core, all else on the others."""
+def on_one_core(service: Service) -> Iterator[None]:
+    """Pin the service to one core, and the load to the other cores."""
     cores = os.sched_getaffinity(0)
     first = min(cores)
 
@@ -88,7 +88,7 @@ def apart(service: Service) -> Iterator[None]:
                 os.sched_setaffinity(int(thread.name), where)
 
     pin({first})
-    os.sched_setaffinity(0, cores - {first})  # wrk inherits this
+    os.sched_setaffinity(0, cores - {first})  # inherited by wrk
     try:
         yield
     finally:
@@ -97,10 +97,10 @@ def apart(service: Service) -> Iterator[None]:
 
 
 def measure(postgres: Postgres, rounds: int, seconds: int, rows: tuple[int, ...]) -> list[Case]:
-    """Every case, `rounds` times `seconds`; the last ones have that many rows to begin with."""
+    """Measure each case for `rounds` of `seconds`; `rows` are the table sizes of the last cases."""
     cases = [
-        Case("all on this machine", postgres.new_database()),
-        Case("service on one core", postgres.new_database(), pin=apart),
+        Case("service on all cores", postgres.new_database()),
+        Case("service on one core", postgres.new_database(), pin=on_one_core),
     ]
     for number in rows:
         url = postgres.new_database()
@@ -119,17 +119,17 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with Postgres() as postgres:
         cases = measure(postgres, ROUNDS, SECONDS, ROWS)
-    print(f"{cores} cores, median of {ROUNDS} x {SECONDS} s (least to most)")
+    print(f"{cores} cores, median of {ROUNDS} x {SECONDS} s (minimum to maximum)")
     for case in cases:
         print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
-        print("  signups a second ", spread([run.rate for run in case.runs], "{:.0f}".format))
+        print("  signups/s        ", spread([run.rate for run in case.runs], "{:.0f}".format))
         for name, values in (
-            ("p50 in ms", [run.p50 for run in case.runs]),
-            ("p99 in ms", [run.p99 for run in case.runs]),
-            ("INSERT in ms", case.inserts),
-            ("scrape in ms", case.scrapes),
-            ("its CPU in ms", case.cpu),
-            ("PostgreSQL's CPU", case.database_cpu),
+            ("p50, ms", [run.p50 for run in case.runs]),
+            ("p99, ms", [run.p99 for run in case.runs]),
+            ("INSERT, ms", case.inserts),
+            ("scrape, ms", case.scrapes),
+            ("service CPU, ms", case.cpu),
+            ("database CPU, ms", case.database_cpu),
         ):
             print(f"  {name:17}", spread(values, milliseconds))
 

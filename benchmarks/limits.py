@@ -1,6 +1,6 @@
-"""`make limits`: from 1 to 200 clients, under scrapes, for long, and with other settings.
+"""`make limits`: 1 to 200 clients, CPU by layer, scrapes, memory, and other worker counts.
 
-It draws docs/performance*.png, and prints what docs/performance.md has in its tables.
+It draws docs/performance*.png, and prints the figures of the tables in docs/performance.md.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def database(postgres: Postgres) -> str:
 
 
 def curve(postgres: Postgres) -> None:
-    """Signups a second and p99 over the number of clients; no other answer than 201."""
+    """Throughput and p99 by number of clients; this service must respond with 201 only."""
     runs: dict[str, dict[int, list[Run]]] = {peer.name: {} for peer in PEERS}
     for _ in range(ROUNDS):
         for peer in PEERS:
@@ -47,17 +47,18 @@ def curve(postgres: Postgres) -> None:
                     run = wrk(address, clients, SECONDS)
                     assert peer.name != OURS or run.refused == run.unanswered == 0, run
                     runs[peer.name].setdefault(clients, []).append(run)
-    figure, (rates, waits) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (rates, latencies) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, by_clients in runs.items():
         print(name)
-        for clients, some in by_clients.items():
-            rate = spread([run.rate for run in some], "{:.0f}".format)
-            p99 = spread([run.p99 * 1000 for run in some], "{:.0f}".format)
-            others = sum(run.refused + run.unanswered for run in some)
-            print(f"  {clients:3} clients  {rate:22} signups/s  p99 {p99:18} ms  others {others}")
+        for clients, measured in by_clients.items():
+            rate = spread([run.rate for run in measured], "{:.0f}".format)
+            p99 = spread([run.p99 * 1000 for run in measured], "{:.0f}".format)
+            failed = sum(run.refused + run.unanswered for run in measured)
+            print(f"  {clients:3} clients  {rate:22} signups/s  p99 {p99:18} ms  failed {failed}")
         rates.plot(CLIENTS, [median(r.rate for r in by_clients[n]) for n in CLIENTS], "o-")
-        waits.plot(CLIENTS, [median(r.p99 * 1000 for r in by_clients[n]) for n in CLIENTS], "o-")
-    for axes, title in ((rates, "signups a second"), (waits, "p99 in milliseconds")):
+        p99s = [median(r.p99 * 1000 for r in by_clients[n]) for n in CLIENTS]
+        latencies.plot(CLIENTS, p99s, "o-")
+    for axes, title in ((rates, "signups per second"), (latencies, "p99 in milliseconds")):
         axes.set(title=title, xlabel="clients", xscale="log", xticks=CLIENTS, ylim=0)
         axes.set_xticklabels(map(str, CLIENTS))
         axes.grid(alpha=0.3)
@@ -66,7 +67,7 @@ def curve(postgres: Postgres) -> None:
 
 
 def layers(postgres: Postgres) -> None:
-    """The CPU of a signup by what takes it, each the difference of two contenders."""
+    """The CPU of a signup by layer, each the difference between two contenders."""
     without = CONTENDERS[1]
     alone = replace(SERVICE, command=(*SERVICE.command[:-1], "benchmarks.peers.nothing:app"))
     costs: dict[str, list[float]] = {}
@@ -88,10 +89,10 @@ def layers(postgres: Postgres) -> None:
             costs.setdefault(name, []).append(cost)
     figure, axes = plt.subplots(figsize=(11, 2.2), layout="constrained")
     left = 0.0
-    for name, some in costs.items():
-        print(f"{name:36} {spread(some, '{:.2f}'.format)} ms of CPU")
-        axes.barh("a signup", median(some), left=left, label=name)
-        left += max(0.0, median(some))
+    for name, measured in costs.items():
+        print(f"{name:36} {spread(measured, '{:.2f}'.format)} ms of CPU")
+        axes.barh("signup", median(measured), left=left, label=name)
+        left += max(0.0, median(measured))
     axes.set(xlabel="milliseconds of CPU")
     figure.legend(ncols=4, loc="outside upper center")
     figure.savefig(ROOT / "docs/performance-layers.png", dpi=100)
@@ -99,7 +100,7 @@ def layers(postgres: Postgres) -> None:
 
 @contextlib.contextmanager
 def scraped(address: str) -> Iterator[None]:
-    """Scrape once a second until the block ends."""
+    """Scrape once per second during the block."""
     ended = threading.Event()
 
     def scrape() -> None:
@@ -116,7 +117,7 @@ def scraped(address: str) -> Iterator[None]:
 
 
 def scrapes(postgres: Postgres) -> None:
-    """The CPU of a scrape at 4 workers, and the p99 with and without one each second."""
+    """The CPU of a scrape with 4 workers, and the p99 with and without one scrape per second."""
     costs, with_scrapes, without = [], [], []
     four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
     for _ in range(ROUNDS):
@@ -133,13 +134,13 @@ def scrapes(postgres: Postgres) -> None:
             with scraped(address):
                 with_scrapes.append(wrk(address, 32, 5).p99)
     form = "{:.1f}".format
-    print(f"a scrape at 4 workers: {spread([c * 1000 for c in costs], form)} ms of CPU")
+    print(f"scrape with 4 workers: {spread([c * 1000 for c in costs], form)} ms of CPU")
     print(f"p99 without scrapes: {spread([p * 1000 for p in without], form)} ms")
-    print(f"p99 with one a second: {spread([p * 1000 for p in with_scrapes], form)} ms")
+    print(f"p99 with one scrape per second: {spread([p * 1000 for p in with_scrapes], form)} ms")
 
 
 def memory(postgres: Postgres) -> None:
-    """Private memory of a worker over SIGNUPS signups."""
+    """Private memory per worker over SIGNUPS signups."""
     url = database(postgres)
     with running(SERVICE, url) as (address, pid):
         rows = 0
@@ -148,12 +149,12 @@ def memory(postgres: Postgres) -> None:
                 wrk(address, 32, 2 if part == 0 else 10)
                 rows = settled_rows(url)
             each = sorted(private_memory(worker) / MEGABYTE for worker in children(pid))
-            print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB a worker")
+            print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB per worker")
         assert rows == count_users(url)
 
 
 def defaults(postgres: Postgres) -> None:
-    """Other numbers of workers."""
+    """Throughput and p99 with 1 to 4 workers."""
     runs: dict[tuple[int, int], list[Run]] = {}
     for _ in range(ROUNDS):
         for workers in (1, 2, 3, 4):
@@ -163,9 +164,9 @@ def defaults(postgres: Postgres) -> None:
                 for clients in (32, 200):
                     run = wrk(address, clients, SECONDS)
                     runs.setdefault((workers, clients), []).append(run)
-    for (workers, clients), some in runs.items():
-        rate = spread([run.rate for run in some], "{:.0f}".format)
-        p99 = spread([run.p99 * 1000 for run in some], "{:.0f}".format)
+    for (workers, clients), measured in runs.items():
+        rate = spread([run.rate for run in measured], "{:.0f}".format)
+        p99 = spread([run.p99 * 1000 for run in measured], "{:.0f}".format)
         case = f"{workers} workers, {clients:3} clients"
         print(f"{case}  {rate:22} signups/s  p99 {p99} ms")
 

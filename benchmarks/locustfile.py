@@ -1,8 +1,8 @@
 """Load tests with Locust: `make load-test-smoke`, `make load-test`, `make load-test-stress`.
 
-LOAD names the test, and SECONDS shortens it. Each user signs up, mistypes, comes back, and now and
-then sends nonsense; an answer that the contract has for that is a success. At the end the test
-fails when a threshold is missed, or when the server has counted other answers than Locust has.
+LOAD selects the plan, and SECONDS overrides its duration. Users send valid signups, duplicates and
+invalid requests; the response that the API specifies for each is a success. The test fails if a
+threshold is missed, or if the server's counters differ from Locust's.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of users one after another, for `seconds` in all, and what is demanded."""
+    """User counts, one after another over `seconds` in total, and the thresholds."""
 
     users: tuple[int, ...]
     seconds: float
     p95: float  # seconds
-    failures: float  # their share of all requests
+    failures: float  # share of all requests
 
 
 PLANS = {
@@ -35,7 +35,7 @@ PLANS = {
 }
 PLAN = PLANS[os.environ["LOAD"]]
 SECONDS = float(os.environ.get("SECONDS") or PLAN.seconds)
-RUN = f"load{time.time_ns()}"  # makes the emails of each run differ
+RUN = f"load{time.time_ns()}"  # makes the emails unique to the run
 COUNTER = "signup_requests_total"
 
 numbers = itertools.count()
@@ -44,7 +44,7 @@ before: dict[str, float] | None = None  # the server's counters, if they can be 
 
 
 class Visitor(FastHttpUser):
-    """Someone who takes a second or two between two requests."""
+    """A user who waits one to two seconds between requests."""
 
     wait_time = between(1, 2)
     last: str | None = None  # the email that was signed up last
@@ -54,7 +54,7 @@ class Visitor(FastHttpUser):
         with self.client.request(
             method, "/signup", name=name, catch_response=True, **options
         ) as response:
-            if response.status_code:  # else there was no answer, which Locust counts by itself
+            if response.status_code:  # 0: no response, a failure for Locust
                 answers[str(response.status_code)] += 1
             if response.status_code == expected:
                 response.success()
@@ -85,7 +85,7 @@ class Visitor(FastHttpUser):
         self.send("missing field", 400, json={"email": "ada@example.com"})
 
     @task(3)
-    def nonsense(self) -> None:
+    def malformed(self) -> None:
         self.send("invalid JSON", 400, data="{")
 
     @task(2)
@@ -94,7 +94,7 @@ class Visitor(FastHttpUser):
 
 
 class Steps(LoadTestShape):
-    """The numbers of users of the plan, each for the same time."""
+    """Steps through the user counts of the plan, each for the same time."""
 
     def tick(self) -> tuple[int, float] | None:
         step = int(self.get_run_time() / SECONDS * len(PLAN.users))
@@ -104,7 +104,7 @@ class Steps(LoadTestShape):
 
 
 def server_counts(host: str | None) -> dict[str, float] | None:
-    """The server's counters by status, or None where /metrics is not to be seen, as in public."""
+    """Return the server's counters by status, or None if `host` does not expose /metrics."""
     response = requests.get(f"{host}/metrics", timeout=30)
     if not response.ok:
         return None
@@ -124,26 +124,26 @@ def start(environment: Environment, **_: Any) -> None:
 
 @events.quitting.add_listener
 def judge(environment: Environment, **_: Any) -> None:
-    """Say whether the thresholds hold and the counters agree, and set the exit status."""
+    """Print whether the thresholds are met and the counters agree; set the exit status."""
     total = environment.stats.total
     p95 = total.get_response_time_percentile(0.95) / 1000
     verdicts = [
-        (p95 < PLAN.p95, f"p95 {p95:.3f} s, below {PLAN.p95:g} s is demanded"),
+        (p95 < PLAN.p95, f"p95 {p95:.3f} s, must be below {PLAN.p95:g} s"),
         (
             total.num_requests > 0 and total.fail_ratio < PLAN.failures,
             f"{total.fail_ratio:.2%} of {total.num_requests} requests failed, "
-            f"below {PLAN.failures:.0%} is demanded",
+            f"must be below {PLAN.failures:.0%}",
         ),
     ]
     after = server_counts(environment.host)
     if before is None or after is None:
-        print("the server's counters can't be read at this HOST, and were not compared")
+        print("the server's counters are not exposed at this HOST: not compared")
     else:
-        # A request that got no answer may have been counted or not.
+        # The server may have counted a request that got no response.
         unanswered = total.num_requests - answers.total()
-        grown = {code: int(after[code] - before[code]) for code in after}
-        differ = sum(abs(grown[code] - answers[code]) for code in grown)
-        counted = ", ".join(f"{n} x {code}" for code, n in grown.items() if n)
+        increase = {code: int(after[code] - before[code]) for code in after}
+        differ = sum(abs(increase[code] - answers[code]) for code in increase)
+        counted = ", ".join(f"{n} x {code}" for code, n in increase.items() if n)
         verdicts.append(
             (differ <= unanswered, f"the server counted {counted}; Locust differs by {differ}")
         )

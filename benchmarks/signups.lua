@@ -1,5 +1,5 @@
--- For wrk: signups whose emails are all different, and a line of JSON at the end; times in seconds.
--- Its one argument makes the emails differ from those of other runs.
+-- For wrk: signups with unique emails, and a line of JSON at the end, with times in seconds.
+-- The only argument is the prefix of the emails, which must be new for each run.
 local threads = 0
 
 function setup(thread)

@@ -1,4 +1,4 @@
-"""Load by wrk: signups as fast as they are answered."""
+"""Load from wrk: each connection sends a signup as soon as the last one has its response."""
 
 import json
 import subprocess
@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).with_name("signups.lua")
 
 @dataclass(frozen=True)
 class Run:
-    """What wrk counted; times in seconds."""
+    """The counts of wrk; times in seconds."""
 
-    created: int  # answers of 201
-    refused: int  # other answers
+    created: int  # 201 responses
+    refused: int  # other responses
     unanswered: int
     seconds: float
     p50: float
@@ -27,12 +27,12 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Signups a second."""
+        """Signups per second."""
         return self.created / self.seconds
 
 
 def wrk(url: str, clients: int, seconds: int) -> Run:
-    """Sign up at `url` with `clients` connections that are kept alive, for `seconds`."""
+    """Sign up at `url` over `clients` keep-alive connections for `seconds`."""
     if reason := missing("wrk"):
         sys.exit(reason)
     options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=30s", f"--script={SCRIPT}"]
@@ -42,5 +42,5 @@ def wrk(url: str, clients: int, seconds: int) -> Run:
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """The median, and the lowest and the highest value."""
+    """Return the median with the minimum and maximum."""
     return f"{form(median(values))} ({form(min(values))} to {form(max(values))})"

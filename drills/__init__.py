@@ -1,1 +1,1 @@
-"""Drills: a fault or a change is caused for real, and what must hold is checked and printed."""
+"""Drills: each causes a real fault or change, checks what must hold, and prints the result."""

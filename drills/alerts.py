@@ -1,10 +1,10 @@
-"""`make alert-drill`: causes what alerts are for, and waits for each, and for its end.
+"""`make alert-drill`: causes the alerts, and waits for each to fire and to resolve.
 
-A real service under steady traffic behind a real nginx, a real prober, a real Prometheus with a
-copy of the rules, and a real Alertmanager. Thresholds are those of the rules; the times are short,
-as WAITS says. Not caused are SignupSlowScrape (here, Prometheus gives up a scrape before it counts
-as slow), SignupRequestsInFlightHigh (it takes 800 clients a worker), and those of the monitoring's
-own alerts that need a broken disk, network or receiver.
+A real service under steady traffic, behind a real nginx, with a real blackbox exporter, Prometheus
+and Alertmanager. Thresholds are those of the rules; WAITS shortens the durations. Not caused are
+SignupSlowScrape (here, a scrape times out before it counts as slow), SignupRequestsInFlightHigh
+(it takes 800 clients per worker), and the alerts on the monitoring itself that need a broken disk,
+network or receiver.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from testbed.nginx import Nginx
 from testbed.programs import free_port
 from testbed.service import USER, Service
 
-# Windows, offsets and waits of the rules, and how long they are here.
+# Windows, offsets and `for` durations of the rules, and their values here.
 WAITS = {
     "1m": "1s",
     "2m": "2s",
@@ -44,16 +44,16 @@ WAITS = {
     "3d": "30s",
     "30d": "60s",
 }
-INTERVAL = "250ms"  # of scrapes and evaluations; 15 s in reality
+INTERVAL = "250ms"  # of scrapes and evaluations; 15 s in production
 CLIENTS = 40  # more than the pool has connections
-REQUESTS = 16  # a second
+REQUESTS = 16  # per second
 
 
 @dataclass
 class Report:
-    """How long after its cause an alert was in Alertmanager, and after that ended, gone again.
+    """When an alert reached Alertmanager and when it resolved there, in seconds.
 
-    In seconds.
+    `fired` counts from the start of the cause, `resolved` from its end.
     """
 
     alert: str
@@ -63,7 +63,7 @@ class Report:
 
 
 def shorten(rules: str) -> str:
-    """The text of a file of rules with other times."""
+    """Return the text of a rule file with the durations of WAITS."""
     rules = re.sub(r"keep_firing_for: \w+", "keep_firing_for: 2s", rules)
     durations = r"(\[|offset | for: |interval: )(\d+[smhd])\b"
     return re.sub(durations, lambda found: found[1] + WAITS[found[2]], rules)
@@ -72,7 +72,7 @@ def shorten(rules: str) -> str:
 class Traffic(Background):
     """A steady stream of signups to the first replica.
 
-    `rate` is in requests a second; one of `every` requests has the email `special`, if it is set.
+    `rate` is in requests per second. `special`, if set, is the email of one in `every` requests.
     """
 
     def __init__(self, replicas: list[Service]) -> None:
@@ -91,7 +91,7 @@ class Traffic(Background):
         if self.special and (number + turn) % self.every == 0:
             email = self.special
         with contextlib.suppress(requests.RequestException):
-            # Over a connection of its own, so that all workers get their share.
+            # A new connection per request, so that every worker gets a share.
             self._replicas[0].signup(json=USER | {"email": email})
 
     @contextlib.contextmanager
@@ -103,7 +103,7 @@ class Traffic(Background):
 
 
 class Lock(Background):
-    """Locks the table `users` for some seconds, and again and again."""
+    """Locks the table `users` for `seconds` at a time, repeatedly."""
 
     def __init__(self, url: str, seconds: float = 2) -> None:
         super().__init__(1)
@@ -116,7 +116,7 @@ class Lock(Background):
 
 
 class Killer(Background):
-    """Kills the newest worker of `service` as soon as it has started; the others are scraped."""
+    """Kills the newest worker of `service` once it has started; scrapes reach the others."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(1)
@@ -130,7 +130,7 @@ class Killer(Background):
 
 
 class Restarter(Background):
-    """Starts the service on one port, ends it once it has been scraped, and so on."""
+    """Repeatedly starts a replica on one port and stops it once it has been scraped."""
 
     def __init__(self, deployment: "Deployment") -> None:
         super().__init__(1)
@@ -152,7 +152,7 @@ class Restarter(Background):
 
 
 class Deployment:
-    """Two replicas of the service, with 4 workers and with one, a proxy, and what watches them."""
+    """Two replicas of the service, with 4 workers and with 1, a proxy, and the monitoring."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -178,17 +178,17 @@ class Deployment:
         self._stack.close()
 
     def _start(self) -> None:
-        """Start the service anew, on other ports."""
+        """Start the service and the proxy on new ports, and stop the old ones."""
         self._services.close()
         self._replicas[:] = [
             self._services.enter_context(self.replica(workers)) for workers in ("4", "1")
         ]
         self.scrape()
         self._proxy = self._services.enter_context(Nginx(*self._replicas))
-        self.prometheus.set_front_door(self._proxy.url)
+        self.prometheus.set_probe_target(self._proxy.url)
 
     def replica(self, workers: str, port: int = 0) -> Service:
-        """A replica that is not started yet."""
+        """Return a replica that is not started yet."""
         return Service(
             port=port,
             DATABASE_URL=self._url,
@@ -199,19 +199,19 @@ class Deployment:
         )
 
     def scrape(self, *others: str) -> None:
-        """Let Prometheus scrape the replicas and `others`."""
+        """Make Prometheus scrape the replicas and `others`."""
         urls = [replica.url for replica in self._replicas]
         self.prometheus.set_targets("signup-server", *urls, *others)
 
     def causes(self) -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[str]]]:
-        """By its name, each cause as a block, and the alerts that have to fire during it."""
+        """Return each cause by name, as a context manager, with the alerts that it must fire."""
         url, postgres, traffic = self._url, self._postgres, self.traffic
         return {
-            "half of the input bad": (
+            "half of the requests invalid": (
                 lambda: traffic.changed(special="bad"),
                 ["SignupHighErrorRate", "SignupHighValidationErrors"],
             ),
-            "half of the emails registered": (
+            "half of the emails duplicate": (
                 lambda: traffic.changed(special="twice@example.com"),
                 ["SignupHighDuplicateEmails"],
             ),
@@ -225,7 +225,7 @@ class Deployment:
                 ],
             ),
             "table locked, many clients": (
-                self._exhausted,
+                self._pool_exhausted,
                 [
                     "SignupDatabaseConnectionsHigh",
                     "SignupDatabaseConnectionsElevated",
@@ -248,16 +248,16 @@ class Deployment:
                 lambda: traffic.changed(rate=REQUESTS * 4),
                 ["SignupTrafficSpike"],
             ),
-            "a worker killed again and again": (
+            "a worker killed repeatedly": (
                 lambda: Killer(self._replicas[0]),
                 ["SignupWorkerRestartLoop"],
             ),
-            "a replica restarted again and again": (lambda: Restarter(self), ["SignupRestartLoop"]),
-            "another server in its place": (
-                lambda: self._scraped(self.prometheus.url),
+            "a replica restarted repeatedly": (lambda: Restarter(self), ["SignupRestartLoop"]),
+            "wrong server scraped": (
+                lambda: self._wrong_target(self.prometheus.url),
                 ["SignupMetricsMissing"],
             ),
-            "no more traffic": (
+            "traffic stopped": (
                 lambda: traffic.changed(rate=0),
                 ["SignupTrafficDrop", "SignupNoSignups"],
             ),
@@ -271,19 +271,19 @@ class Deployment:
                 ["SignupServiceDown", "SignupUnreachable"],
             ),
             "cAdvisor stopped": (self._no_cadvisor, ["PrometheusTargetMissing"]),
-            "a wrong prometheus.yml": (
+            "prometheus.yml invalid": (
                 self._wrong_configuration,
                 ["PrometheusConfigurationReloadFailure"],
             ),
         }
 
     @contextlib.contextmanager
-    def _exhausted(self) -> Iterator[None]:
+    def _pool_exhausted(self) -> Iterator[None]:
         with self.traffic.changed(rate=REQUESTS * 10), locked(self._postgres, self._url):
             yield
 
     @contextlib.contextmanager
-    def _scraped(self, other: str) -> Iterator[None]:
+    def _wrong_target(self, other: str) -> Iterator[None]:
         self.scrape(other)
         yield
         self.scrape()
@@ -300,7 +300,7 @@ class Deployment:
         self._proxy.stop()
         yield
         self._proxy.start()
-        self.prometheus.set_front_door(self._proxy.url)
+        self.prometheus.set_probe_target(self._proxy.url)
 
     @contextlib.contextmanager
     def _no_cadvisor(self) -> Iterator[None]:
@@ -319,7 +319,7 @@ class Deployment:
         self.prometheus.reload()
 
     def run(self, cause: str, alerts: list[str]) -> list[Report]:
-        """Cause it until these alerts are in Alertmanager, and wait for their end."""
+        """Apply the cause until these alerts fire, then remove it and wait until they resolve."""
         block, _ = self.causes()[cause]
         wait_until(lambda: not self._present(alerts), timeout=90)
         fired: dict[str, float] = {}
@@ -331,10 +331,10 @@ class Deployment:
                     fired[alert] = time.monotonic() - begin
         end = time.monotonic()
         while len(resolved) < len(alerts):
-            present = wait_until(
+            absent = wait_until(
                 lambda: {*alerts} - self._present(alerts) - resolved.keys(), timeout=90
             )
-            for alert in present:
+            for alert in absent:
                 resolved[alert] = time.monotonic() - end
         return [Report(alert, cause, fired[alert], resolved[alert]) for alert in alerts]
 
@@ -344,7 +344,7 @@ class Deployment:
 
 def main() -> None:
     """Print a row for each alert."""
-    print(f"{'alert':38}{'caused how':38}{'fired after':>11}{'resolved after':>16}")
+    print(f"{'alert':38}{'cause':38}{'fired after':>11}{'resolved after':>16}")
     with Deployment() as deployment:
         for cause, (_, alerts) in deployment.causes().items():
             for report in deployment.run(cause, alerts):

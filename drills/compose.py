@@ -1,8 +1,8 @@
-"""`make compose-check`: docker-compose.yml on a Docker engine, started, scaled and broken.
+"""`make compose-check`: starts, scales and breaks docker-compose.yml on a Docker engine.
 
-DOCKER_HOST may lead to an engine; else one is started, with stand-ins for images that can't be
-pulled (testbed/engine.py). The project and its data are the drill's own, but ports 3000, 3001 and
-9090 have to be free. It prints a row for each thing it did, and fails at the first that is wrong.
+Without an engine (DOCKER_HOST or the default), it starts one, with stand-ins for images that can't
+be pulled (testbed/engine.py). The Compose project and its data are separate, but ports 3000, 3001
+and 9090 must be free. It prints a row for each step, and stops at the first wrong result.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from testbed.load import Background
 from testbed.service import Client
 
 FIRST_PASSWORD = "0123456789abcdef"
-# Every character that .env, a URL, a shell or SQL might read as something else.
+# Characters with a special meaning in .env, a URL, a shell or SQL.
 PASSWORD = "p@:/#%$'\"\\{} äß"
 VARIABLES = re.findall(r"^(\w+)=''$", (ROOT / ".env.example").read_text(), re.MULTILINE)
-# What is asked of the engine beside what is in docker-compose.yml, where it is the drill's own.
+# On the private engine, cAdvisor runs without its privileges, devices and volumes.
 OVERRIDE = "services: {cadvisor: {privileged: false, devices: !reset [], volumes: !reset []}}\n"
 NAME = "Lovelace"
 CLIENTS = 64
@@ -47,7 +47,7 @@ PORTS = {
 
 
 class Stack(Client):
-    """The stack of docker-compose.yml under a project name of its own."""
+    """The stack of docker-compose.yml under a separate project name."""
 
     url = "http://127.0.0.1:3000"
     prometheus = "http://127.0.0.1:9090"
@@ -67,21 +67,21 @@ class Stack(Client):
         self.set_passwords(FIRST_PASSWORD)
 
     def set_passwords(self, password: str) -> None:
-        """Write them as .env.example says."""
+        """Write the passwords to the env file, quoted as .env.example says."""
         quoted = password.replace("'", "\\'")
         (self._folder / "env").write_text("".join(f"{name}='{quoted}'\n" for name in VARIABLES))
 
     def containers(self, service: str = "", *options: str) -> list[str]:
-        """The ids of those that run, oldest first."""
+        """Return the ids of the containers, oldest first; by default of running ones."""
         return compose("ps", "--quiet", *options, *service.split()).split()[::-1]
 
     def inspect(self, *options: str) -> dict[str, Any]:
-        """What the engine knows of each container, by its name less the project's."""
+        """Return the output of `docker inspect` by container name, without the project prefix."""
         found = json.loads(run("docker", "inspect", *self.containers("", "--all", *options)))
         return {each["Name"].removeprefix("/signup-check-"): each for each in found}
 
     def addresses(self, network: str = "front") -> list[str]:
-        """Of the replicas."""
+        """Return the addresses of the running replicas."""
         return [
             each["NetworkSettings"]["Networks"][f"signup-check_{network}"]["IPAddress"]
             for name, each in self.inspect().items()
@@ -89,14 +89,14 @@ class Stack(Client):
         ]
 
     def check_health(self) -> int:
-        """Each container is healthy, or is the one that ended well; how many these are."""
+        """Check that `role` exited with 0 and the others are healthy; return their number."""
         states = {name: each["State"] for name, each in self.inspect().items()}
         role = states.pop("role-1")
         assert (role["Status"], role["ExitCode"]) == ("exited", 0), role
         assert all(s["Health"]["Status"] == "healthy" for s in states.values()), states
         return len(states) + 1
 
-    def answers_again(self) -> bool:
+    def is_serving(self) -> bool:
         try:
             return self.get("/").ok
         except requests.ConnectionError:
@@ -107,12 +107,12 @@ class Stack(Client):
         return answer.json()["data"]
 
     def value(self, query: str) -> float:
-        """Of a query with one result; 0 if there is none."""
+        """Return the value of a query with one result; 0 if the result is empty."""
         result = self.ask_prometheus("/query", query=query)["result"]
         return float(result[0]["value"][1]) if result else 0
 
     def alerts(self) -> set[str]:
-        """Those in Alertmanager."""
+        """Return the names of the alerts in Alertmanager."""
         ask = "wget -q -O - http://127.0.0.1:9093/api/v2/alerts"
         answer = compose("exec", "-T", "alertmanager", *ask.split())
         return {alert["labels"]["alertname"] for alert in json.loads(answer)}
@@ -122,8 +122,8 @@ class Stack(Client):
         psql = ["psql", "--username=postgres", "--dbname=signup", "--tuples-only"]
         return int(compose("exec", "-T", "db", *psql, f"--command={query}"))
 
-    def counted(self) -> float:
-        """Signups, by the counters of all replicas."""
+    def counted_signups(self) -> float:
+        """Return the number of signups that all replicas have counted."""
         total = 0.0
         for address in self.addresses():
             replica = Client()
@@ -133,7 +133,7 @@ class Stack(Client):
 
 
 class Traffic(Background):
-    """Five signups a second, each over a connection of its own; `answers` counts the statuses."""
+    """Five signups per second, each over a new connection; `answers` counts the statuses."""
 
     def __init__(self, stack: Client, clients: int = 1, pause: float = 0.2) -> None:
         super().__init__(clients)
@@ -159,7 +159,7 @@ class Traffic(Background):
 
 
 def run(*command: str) -> str:
-    """What it prints; fails with all of it."""
+    """Return the standard output of `command`; raise AssertionError with all output."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
@@ -171,7 +171,7 @@ def compose(*command: str) -> str:
 
 @contextlib.contextmanager
 def row(what: str) -> Iterator[list[Any]]:
-    """A row of the table; what was seen is appended to the list."""
+    """Print a row of the table after the block, which appends its results to the list."""
     seen: list[Any] = []
     begin = time.monotonic()
     yield seen
@@ -182,7 +182,7 @@ def row(what: str) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def under_traffic(stack: Stack, what: str, at_most: int | None = 0) -> Iterator[list[Any]]:
-    """A row with what five signups a second got meanwhile; no more than `at_most` may be lost."""
+    """Run `row` under five signups per second, of which at most `at_most` may fail."""
     with row(what) as seen:
         with Traffic(stack) as clients:
             wait_until(lambda: clients.answers.total() >= 5)
@@ -205,7 +205,7 @@ def start(stack: Stack) -> None:
     with row("`make compose-up`") as seen:
         run("make", "compose-up")
         seen.append(f"{stack.check_health()} containers, all healthy")
-    with row("other passwords, of every character, in .env, and `make compose-up`") as seen:
+    with row("new passwords with special characters in .env, `make compose-up`") as seen:
         stack.set_passwords(PASSWORD)
         run("make", "compose-up")
         stack.check_health()
@@ -215,11 +215,11 @@ def start(stack: Stack) -> None:
         command = ["docker", "compose", "exec", "-T", "-e", old, "server", "python", "-c", login]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert "password authentication failed" in refused.stderr, refused
-        seen.append("the new one is taken, the old one refused")
+        seen.append("new password accepted, old one rejected")
 
 
 def front_door(stack: Stack) -> None:
-    with row("through the proxy") as seen:
+    with row("requests through the proxy") as seen:
         body = {"email": "ada@example.com", "first_name": "Ada", "last_name": NAME}
         statuses = [stack.signup(json=body).status_code for _ in range(2)]
         assert statuses == [201, 409], statuses
@@ -229,7 +229,7 @@ def front_door(stack: Stack) -> None:
 
 
 def outside(stack: Stack) -> None:
-    """From a network namespace that is one hop away and routes to every network of the engine."""
+    """Connect from a network namespace one hop away, with routes to every engine network."""
     targets = {str(port): ("10.99.0.1", port) for port in (3000, 3001, 9090)}
     for name, each in stack.inspect("--status=running").items():
         for network in each["NetworkSettings"]["Networks"].values():
@@ -244,7 +244,7 @@ for name, address in json.loads(sys.argv[1]).items():
     except OSError:
         pass
 """
-    with row("from another machine") as seen:
+    with row("connections from another machine") as seen:
         for command in (
             "ip netns add outside",
             "ip link add near type veth peer name far netns outside",
@@ -261,13 +261,13 @@ for name, address in json.loads(sys.argv[1]).items():
         finally:
             run("ip", "netns", "delete", "outside")
         assert reached == ["3000"], reached
-        seen.append(f"port 3000 is reached, {len(targets) - 1} other addresses are not")
+        seen.append(f"port 3000 reachable, {len(targets) - 1} other addresses not")
 
 
 def watched(stack: Stack) -> None:
     config = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
     jobs = {job["job_name"] for job in config["scrape_configs"]}
-    with row("Prometheus") as seen:
+    with row("Prometheus targets and rules") as seen:
 
         def up() -> list[Any] | None:
             targets = stack.ask_prometheus("/targets")["activeTargets"]
@@ -283,17 +283,17 @@ def watched(stack: Stack) -> None:
         loaded = len(wait_until(rules, timeout=60))
         files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
         assert loaded == sum(len(group["rules"]) for file in files for group in file["groups"])
-        seen.append(f"{len(targets)} targets of {len(jobs)} jobs up, {loaded} rules, none in error")
-    with row("`stop server`, until SignupServiceDown is in Alertmanager"):
+        seen.append(f"{len(targets)} targets of {len(jobs)} jobs up, {loaded} rules without errors")
+    with row("`stop server` until SignupServiceDown reaches Alertmanager"):
         compose("stop", "server")
         wait_until(lambda: "SignupServiceDown" in stack.alerts(), timeout=240, pause=1)
-    with row("`start server`, until it is resolved"):
+    with row("`start server` until SignupServiceDown resolves"):
         compose("start", "server")
         wait_until(lambda: "SignupServiceDown" not in stack.alerts(), timeout=120, pause=1)
 
 
 def follow(stack: Stack, replicas: int) -> str:
-    """Wait until nginx and Prometheus work with exactly these replicas."""
+    """Wait until nginx and Prometheus use exactly these replicas; return the durations."""
     begin = time.monotonic()
     alive = set(stack.addresses())
     assert len(alive) == replicas
@@ -307,7 +307,7 @@ def follow(stack: Stack, replicas: int) -> str:
     nginx = time.monotonic() - begin
     count = "count(up{job='signup-server'} == 1)"
     wait_until(lambda: stack.value(count) == replicas, pause=0.5)
-    return f"nginx followed after {nginx:.0f} s, Prometheus {time.monotonic() - begin:.0f} s"
+    return f"nginx updated after {nginx:.0f} s, Prometheus {time.monotonic() - begin:.0f} s"
 
 
 def scale(stack: Stack) -> None:
@@ -319,20 +319,20 @@ def scale(stack: Stack) -> None:
     for how, at_most in (("kill", 1), ("stop", 0)):
         with under_traffic(stack, f"`docker {how}` of one of two replicas", at_most):
             run("docker", how, stack.containers("server")[0])
-        with under_traffic(stack, "it is started again"):
+        with under_traffic(stack, "the replica starts again"):
             compose(*up, "--scale", "server=2")
-    with under_traffic(stack, "`make compose-update`, with two replicas"):
+    with under_traffic(stack, "`make compose-update` with two replicas"):
         before = set(stack.containers("server"))
         run("make", "compose-update")
         after = set(stack.containers("server"))
         assert len(after) == 2 and not before & after
-    with under_traffic(stack, "`kill --signal HUP proxy`: its configuration is read again"):
+    with under_traffic(stack, "`kill --signal HUP proxy` to reload its configuration"):
         compose("kill", "--signal", "HUP", "proxy")
     commands = ("up --detach --wait --no-deps --force-recreate server", "restart server")
     for command in (*commands, "restart proxy"):
         with under_traffic(stack, f"`{command}`", at_most=None):
             compose(*command.split())
-            wait_until(stack.answers_again)
+            wait_until(stack.is_serving)
         compose(*up)
 
 
@@ -348,18 +348,18 @@ def database(stack: Stack) -> None:
         seen.append(clients)
     with row("`down` and `up`") as seen:
         users = stack.users()
-        assert stack.counted() > 0
+        assert stack.counted_signups() > 0
         run("make", "compose-down")
         run("make", "compose-up")
         assert stack.users() == users
-        assert stack.counted() == 0
+        assert stack.counted_signups() == 0
         seen.append(f"{users} users as before, counters at 0")
 
 
 def burst(stack: Stack) -> None:
     replica = Client()
     replica.url = f"http://{stack.addresses()[0]}:3000"
-    with row(f"{CLIENTS} clients at the proxy and {CLIENTS} at the replica for {BURST} s") as seen:
+    with row(f"{CLIENTS} clients on the proxy and {CLIENTS} on a replica for {BURST} s") as seen:
         with Traffic(stack, CLIENTS, 0) as front, Traffic(replica, CLIENTS, 0) as back:
             give_up = time.monotonic() + BURST
             peaks: dict[str, tuple[float, int]] = {}
@@ -370,7 +370,7 @@ def burst(stack: Stack) -> None:
                     old = peaks.get(line["Name"], (0.0, 0))
                     peaks[line["Name"]] = max(old[0], now[0]), max(old[1], now[1])
         assert front.answers.keys() <= {"201", "429"} and back.answers.keys() <= {"201", "503"}
-        seen += [f"the proxy: {front}", f"the replica: {back}"]
+        seen += [f"proxy: {front}", f"replica: {back}"]
     for name, each in stack.inspect("--status=running").items():
         memory, pids = peaks[f"signup-check-{name}"]
         limit = each["HostConfig"]["PidsLimit"]
@@ -385,14 +385,14 @@ def end(stack: Stack) -> None:
         compose("stop")
         for name, each in stack.inspect().items():
             assert each["State"]["ExitCode"] == 0, (name, each["State"])
-        seen.append("every container ended in its time, with exit status 0")
-    with row("every line of the service's and the proxy's log") as seen:
+        seen.append("every container exited in time, with status 0")
+    with row("every log line of the service and the proxy") as seen:
         lines = compose("logs", "--no-log-prefix", "--no-color", "server", "proxy").splitlines()
         lines = [line for line in lines if not line.startswith("signup service on ")]
         for line in lines:
             assert isinstance(json.loads(line), dict)
             assert not re.search(rf"@|example\.com|{NAME}|\bAda\b|172\.31\.253\.1\b", line), line
-        seen.append(f"{len(lines)} lines of JSON, nothing personal")
+        seen.append(f"{len(lines)} lines of JSON, no personal data")
 
 
 def check(own_engine: bool) -> None:
@@ -402,10 +402,10 @@ def check(own_engine: bool) -> None:
             for name, origin in engine.provide_images().items():
                 print(f"{name}: {origin}", flush=True)
         stack = Stack(Path(folder), own_engine)
-        print("\n| what was done | took | what was seen |\n| --- | --- | --- |")
+        print("\n| Step | Duration | Result |\n| --- | --- | --- |")
         try:
             for step in (start, front_door, outside, watched, scale, database, burst, end):
-                if step is not outside or own_engine:  # only then its network is the drill's
+                if step is not outside or own_engine:  # else it changes the host's network
                     step(stack)
         except BaseException:
             for name, each in stack.inspect().items():
@@ -420,7 +420,7 @@ def check(own_engine: bool) -> None:
 def main() -> None:
     if "inside" in sys.argv:
         check(own_engine=True)
-    elif engine.is_there():
+    elif engine.is_available():
         check(own_engine=False)
     else:
         sys.exit(engine.run([sys.executable, "-m", "drills.compose", "inside"]))

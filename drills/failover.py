@@ -1,7 +1,7 @@
 """`make failover-drill`: a primary fails over to its standby under load, in four ways.
 
-Two servers of testbed/cluster.py, each behind a relay, which stands for its address; so it counts
-the connections that the service has left to a server, whatever state that one is in.
+Each of the two servers of testbed/cluster.py is behind a relay, which is its address. The relay
+counts the service's open connections to the server, whatever state the server is in.
 """
 
 import signal
@@ -23,7 +23,7 @@ from testbed.relay import Relay
 from testbed.service import Client, Service
 
 CLIENTS, WORKERS = 8, 2
-# Short, so that a drill is: a statement that a silent server got costs their sum and a second.
+# Low, to keep the drill short: a statement sent to a silent server takes their sum plus 1 s.
 SETTINGS: dict[str, Any] = {
     "WEB_CONCURRENCY": str(WORKERS),
     "DATABASE_POOL_TIMEOUT": "2",
@@ -35,22 +35,22 @@ SETTINGS: dict[str, Any] = {
 class Report:
     """What one failover did to the clients.
 
-    `again` are the seconds from the moment when the new primary could be reached and written to
-    the first 201, `failed_again` the requests that were sent after that 201 and failed, and `left`
-    the connections that the service has left to the server that is no longer the primary.
+    `recovery` is the time from when the new primary can be reached and written to the first 201,
+    in seconds. `failed_later` counts the failed requests that were sent after that 201, and `stale`
+    the connections that the service still has to the former primary.
     """
 
     scenario: str
     acknowledged: int
     present: int
     failed: int
-    again: float
-    failed_again: int
-    left: int
+    recovery: float
+    failed_later: int
+    stale: int
 
 
 class Load(Background):
-    """Clients that sign up; `answers` are when one was sent and answered, its status and email."""
+    """Clients that sign up; `answers` has the times of request and response, status and email."""
 
     def __init__(self, service: Client, clients: int = CLIENTS) -> None:
         super().__init__(clients)
@@ -65,18 +65,18 @@ class Load(Background):
         status = self._service.signup(session=session, json=body).status_code
         self.answers.append((sent, time.monotonic(), status, email))
         if status != 201:
-            self._stop.wait(0.05)  # who failed waits before the next attempt
+            self._stop.wait(0.05)  # back off after a failure
 
     def count(self, status: int, since: float = 0) -> int:
-        """The answers of this status to requests that were sent after `since`."""
+        """Return the number of responses with `status` to requests sent after `since`."""
         return sum(s == status for sent, _, s, _ in list(self.answers) if sent > since)
 
     def await_answers(self, count: int, status: int = 201) -> None:
-        """Wait for so many of them to requests that are sent from now on."""
+        """Wait for `count` responses with `status` to requests sent from now on."""
         now = time.monotonic()
         wait_until(lambda: self.count(status, now) >= count, timeout=60)
 
-    def report(self, scenario: str, stored: set[str], taken_over: float, left: int) -> Report:
+    def report(self, scenario: str, stored: set[str], taken_over: float, stale: int) -> Report:
         good = [(done, email) for _, done, status, email in self.answers if status == 201]
         first = min(done for done, _ in good if done > taken_over)
         bad = [sent for sent, _, status, _ in self.answers if status != 201]
@@ -85,14 +85,14 @@ class Load(Background):
             acknowledged=len(good),
             present=len(stored.intersection(email for _, email in good)),
             failed=len(bad),
-            again=first - taken_over,
-            failed_again=sum(sent > first for sent in bad),
-            left=left,
+            recovery=first - taken_over,
+            failed_later=sum(sent > first for sent in bad),
+            stale=stale,
         )
 
 
 def address(url: str, *relays: Relay) -> str:
-    """The URL of the same database through `relays`."""
+    """Return the URL of the same database through `relays`."""
     parts = urlsplit(url)
     login = f"{parts.username}:{parts.password}"
     hosts = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)
@@ -101,7 +101,7 @@ def address(url: str, *relays: Relay) -> str:
 
 
 def switch_over(cluster: Cluster) -> Report:
-    """A planned one: the primary becomes read-only, the address moves, the primary a standby."""
+    """Planned: the primary becomes read-only, its address moves, and it rejoins as a standby."""
     old, url = cluster.primary, cluster.primary.new_database()
     with Relay(old) as relay, _service(address(url, relay)) as service:
         with Load(service) as load:
@@ -114,13 +114,13 @@ def switch_over(cluster: Cluster) -> Report:
             relay.move(cluster.primary)
             taken_over = time.monotonic()
             load.await_answers(100)
-            left = _left(service, lambda: relay.connections(old))
+            stale = _stale(service, lambda: relay.connections(old))
             ask(old, "ALTER SYSTEM RESET default_transaction_read_only")
             old.stop()
             cluster.rejoin()
             load.await_answers(100)
         return load.report(
-            "switch-over, the address moves", _stored(cluster, url), taken_over, left
+            "switch-over, the address moves", _stored(cluster, url), taken_over, stale
         )
 
 
@@ -130,7 +130,7 @@ def killed(cluster: Cluster) -> Report:
 
 
 def paused(cluster: Cluster) -> Report:
-    """The primary, the first of two hosts, is paused: it accepts, and never answers."""
+    """The primary, the first of two hosts, is paused: it accepts and never responds."""
     return _failover(cluster, "primary paused, two hosts", signal.SIGSTOP)
 
 
@@ -145,15 +145,15 @@ def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
             cluster.promote()
             taken_over = time.monotonic()
             load.await_answers(100)
-            left = _left(service, lambda: first.connections(old))
-        if number == signal.SIGSTOP:  # a start passes it over as well
+            stale = _stale(service, lambda: first.connections(old))
+        if number == signal.SIGSTOP:  # a new service skips the paused host too
             with _service(hosts) as service:
                 assert service.get("/readyz").status_code == 200
-        return load.report(scenario, _stored(cluster, url), taken_over, left)
+        return load.report(scenario, _stored(cluster, url), taken_over, stale)
 
 
 def silent(cluster: Cluster) -> Report:
-    """A NAT or load balancer forgets idle connections, and tells neither side."""
+    """A NAT or load balancer drops idle connections without notice to either side."""
     primary, url = cluster.primary, cluster.primary.new_database()
     with Relay(primary) as relay, _service(address(url, relay)) as service:
         with Load(service, 2 * CLIENTS), locked_table(primary.admin_url(url)):
@@ -164,9 +164,9 @@ def silent(cluster: Cluster) -> Report:
         asked = time.monotonic()
         with Load(service) as load:
             load.await_answers(100)
-            left = _left(service, relay.silent_connections)
+            stale = _stale(service, relay.silent_connections)
         return load.report(
-            f"{opened} idle connections gone silent", _stored(cluster, url), asked, left
+            f"{opened} idle connections gone silent", _stored(cluster, url), asked, stale
         )
 
 
@@ -180,10 +180,10 @@ def _service(url: str) -> Iterator[Service]:
         yield service
 
 
-def _left(service: Service, count: Callable[[], int]) -> int:
-    """What `count` says once the service is ready: 0, or what 10 seconds have left of it."""
+def _stale(service: Service, count: Callable[[], int]) -> int:
+    """Return `count()` once the service is ready and it is 0, or after 10 more seconds."""
     wait_until(lambda: service.get("/readyz").status_code == 200)
-    with suppress(AssertionError):  # each question may meet another worker
+    with suppress(AssertionError):  # each /readyz may reach another worker
         wait_until(lambda: service.get("/readyz").ok and not count(), timeout=10)
     return count()
 
@@ -195,7 +195,7 @@ def _stored(cluster: Cluster, url: str) -> set[str]:
 
 def main() -> None:
     """Print a row for each scenario."""
-    names = ("acknowledged", "present", "failed", "first 201", "failed later", "left")
+    names = ("acknowledged", "present", "failed", "first 201", "failed later", "stale")
     with Cluster() as cluster:
         print(f"{'':32}", *(f"{name:>12}" for name in names))
         for scenario in SCENARIOS:
@@ -203,8 +203,8 @@ def main() -> None:
             report = scenario(cluster)
             print(
                 f"{report.scenario:32} {report.acknowledged:12} {report.present:12}"
-                f" {report.failed:12} {report.again:10.2f} s {report.failed_again:12}"
-                f" {report.left:12}",
+                f" {report.failed:12} {report.recovery:10.2f} s {report.failed_later:12}"
+                f" {report.stale:12}",
                 flush=True,
             )
 

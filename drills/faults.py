@@ -1,6 +1,6 @@
-"""`make fault-drill`: breaks the database in every way under load, and shows what clients saw.
+"""`make fault-drill`: causes every database fault under load, and prints what clients saw.
 
-The ways are those of testbed/faults.py. At the end PostgreSQL is killed while clients sign up.
+The faults are those of testbed/faults.py. Finally, PostgreSQL is killed while clients sign up.
 """
 
 import json
@@ -18,13 +18,13 @@ from testbed.faults import FAULTS
 from testbed.load import Signups
 from testbed.service import Service, user
 
-# Short, so that a drill is; the bound for an answer is their sum and a second.
+# Low, to keep the drill short; a response takes at most their sum plus 1 s.
 TIMEOUTS: dict[str, Any] = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TIMEOUT": "1"}
 
 
 @dataclass
 class Report:
-    """What one fault did; `slowest` and `recovery` in seconds."""
+    """What clients and probes saw of one fault; `slowest` and `recovery` in seconds."""
 
     fault: str
     answers: Counter[int]
@@ -38,10 +38,10 @@ class Report:
 def fault_drill(
     service: Service, postgres: Postgres, url: str, fault: str, failures: int
 ) -> Report:
-    """Cause `fault` under load until `failures` requests have failed, and wait for the recovery.
+    """Cause `fault` under load until `failures` requests have failed, and wait for recovery.
 
-    Every failure must be counted as one of the database, every cause be logged, though at most
-    once a second by each worker, and what was acknowledged be in the table.
+    Every failure must be counted as a database error, every cause logged at most once per second
+    by each worker, and every acknowledged email stored.
     """
     before, counted = service.answers.copy(), _database_errors(service)
     logged = len(service.log())
@@ -52,7 +52,7 @@ def fault_drill(
     answers = service.answers - before
     ended = time.perf_counter()
     wait_until(lambda: service.get("/readyz").status_code == 200)
-    wait_until(lambda: _signup_again(service))
+    wait_until(lambda: _can_sign_up(service))
     recovery = time.perf_counter() - ended
     assert not load.unanswered
     assert _database_errors(service) - counted == _failed(service.answers - before)
@@ -64,9 +64,9 @@ def fault_drill(
 def durability_drill(
     service: Service, postgres: Postgres, url: str, signups: int
 ) -> tuple[int, int]:
-    """Kill PostgreSQL by SIGKILL under load, three times, until `signups` have been acknowledged.
+    """SIGKILL PostgreSQL three times under load, until `signups` have been acknowledged.
 
-    Returns the numbers of acknowledged emails and of those that are not in the table.
+    Returns the number of acknowledged emails, and how many of these are not in the table.
     """
     with Signups(service, name="durable") as load:
         for goal in (signups // 3, signups * 2 // 3, signups):
@@ -81,7 +81,7 @@ def _failed(answers: Counter[int]) -> int:
     return sum(count for status, count in answers.items() if status >= 500)
 
 
-def _signup_again(service: Service) -> bool:
+def _can_sign_up(service: Service) -> bool:
     return service.signup(json=user(f"again-{time.time_ns()}")).status_code == 201
 
 
@@ -104,11 +104,11 @@ def _check_causes(log: str) -> set[str]:
 
 
 def main() -> None:
-    """Print a row for each fault, and the count of the durability drill."""
+    """Print a row for each fault, and the result of the durability drill."""
     with Postgres() as postgres:
         url = postgres.new_database()
         with Service(DATABASE_URL=url, WEB_CONCURRENCY="2", **TIMEOUTS) as service:
-            print("fault                 answers                   slowest  readyz  recovery")
+            print("fault                 responses                 slowest  readyz  recovery")
             for fault in FAULTS:
                 report = fault_drill(service, postgres, url, fault, failures=200)
                 answers = ", ".join(f"{n} x {status}" for status, n in report.answers.items())

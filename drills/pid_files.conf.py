@@ -1,4 +1,4 @@
-"""For drills/soak.py: the service, but with the library's own way of keeping metrics."""
+"""For drills/soak.py: the service with the library's default, a file set per process id."""
 
 import os
 import runpy

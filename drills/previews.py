@@ -1,7 +1,7 @@
-"""`make previews`: draws each dashboard, from its file and from the real data of a few minutes.
+"""`make previews`: draws each dashboard from its file and a few minutes of real data.
 
-The pictures are docs/dashboard-*.png. Panels are where the file places them, with its
-titles, units, thresholds and colours; Grafana itself draws more beautifully.
+It writes docs/dashboard-*.png. Layout, titles, units, thresholds and colours are those of the
+dashboard file; Grafana's own rendering is more polished.
 """
 
 import json
@@ -23,7 +23,7 @@ from testbed.monitoring import Prometheus
 
 from .alerts import Deployment, Lock
 
-WIDTH, ROW, DPI = 1280, 38, 100  # pixels of a picture and of a row of the grid; of an inch
+WIDTH, ROW, DPI = 1280, 38, 100  # image width and grid row in pixels; pixels per inch
 BACK, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e99", "#2c2f36"
 COLORS = {
     "green": "#73bf69",
@@ -39,17 +39,17 @@ COLORS = {
 }
 PALETTE = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9"]
 VARIABLES = {"$job": "signup-server", "$namespace": "", "$instance": ".+", "$goal": "1000"}
-RATE_INTERVAL = "10s"  # of the drill, which scrapes four times a second
+RATE_INTERVAL = "10s"  # for scrapes every 250 ms
 
-# Pixels left of and below a drawing, for its axes and its legend.
+# Pixels to the left of and below a plot, for its axes and legend.
 MARGINS = {"timeseries": (66, 46), "heatmap": (66, 24), "barchart": (80, 24)}
 
 Series = dict[str, list[tuple[float, float]]]
 Query = Callable[[dict[str, Any]], Series]
 
 
-def number(value: float, unit: str, decimals: int | None = None) -> str:
-    """The value as Grafana writes it with this unit."""
+def format_value(value: float, unit: str, decimals: int | None = None) -> str:
+    """Return the value as Grafana formats it with this unit."""
     if unit == "s":
         value, suffix = (value * 1000, " ms") if abs(value) < 1 else (value, " s")
     elif unit in {"bytes", "Bps"}:
@@ -83,14 +83,14 @@ def color_of(panel: dict[str, Any], name: str, position: int) -> str:
 
 
 def draw_number(axes: Axes, panel: dict[str, Any], series: Series) -> None:
-    """A stat, a gauge or a bar gauge."""
+    """Draw a stat, a gauge or a bar gauge."""
     axes.axis("off")
     defaults = panel["fieldConfig"]["defaults"]
     if not series:
         axes.text(0.5, 0.45, defaults["noValue"], ha="center", va="center", color=FAINT, size=11)
         return
     ((_, value),) = next(iter(series.values()))
-    text = number(value, defaults["unit"], defaults.get("decimals"))
+    text = format_value(value, defaults["unit"], defaults.get("decimals"))
     color = threshold_color(defaults, value)
     share = value / defaults["max"] if "max" in defaults else 0
     if panel["type"] == "gauge":
@@ -111,7 +111,7 @@ def draw_lines(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     axes.tick_params(colors=FAINT, labelsize=8, length=0)
     axes.grid(color=GRID, linewidth=0.6)
-    axes.yaxis.set_major_formatter(lambda value, _: number(value, defaults["unit"]))
+    axes.yaxis.set_major_formatter(lambda value, _: format_value(value, defaults["unit"]))
     axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at)))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="both"))
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
@@ -172,10 +172,10 @@ def draw_bars(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     values = {name: samples[-1][1] for name, samples in series.items()}
     axes.barh(list(values), list(values.values()), color=PALETTE[0], height=0.6)
     for name, value in values.items():
-        axes.text(value, name, f" {number(value, unit)}", color=TEXT, va="center", size=8)  # type: ignore[arg-type]
+        axes.text(value, name, f" {format_value(value, unit)}", color=TEXT, va="center", size=8)  # type: ignore[arg-type]
     axes.set_xlim(0, max(*values.values(), 1e-9) * 1.25)
     axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: number(value, unit))
+    axes.xaxis.set_major_formatter(lambda value, _: format_value(value, unit))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3))
 
 
@@ -189,7 +189,7 @@ def draw_heatmap(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     cells = [[value if value > 1e-9 else math.nan for value in row] for row in rows]
     axes.pcolormesh(times, range(len(bounds)), cells, cmap="Oranges_r", shading="nearest")
     axes.set_yticks([n + 0.5 for n in range(len(bounds))])
-    axes.set_yticklabels(["∞" if le == "+Inf" else number(float(le), "s") for le in bounds])
+    axes.set_yticklabels(["∞" if le == "+Inf" else format_value(float(le), "s") for le in bounds])
     axes.tick_params(colors=FAINT, labelsize=8, length=0)
     axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at)))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="both"))
@@ -217,13 +217,13 @@ DRAWINGS = {
 
 
 def draw(dashboard: dict[str, Any], query: Query, path: Path) -> None:
-    """Write a PNG of the dashboard, 1280 pixels wide; `query` gives the series of a target."""
+    """Write a PNG of the dashboard, 1280 pixels wide; `query` returns the series of a target."""
     rows = 1 + max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     height = rows * ROW
     figure = plt.figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=BACK)
 
     def place(left: float, top: float, right: float, bottom: float) -> Axes:
-        """Axes between these pixels, counted from the upper left corner."""
+        """Add axes between these pixels, counted from the upper left corner."""
         box = (left / WIDTH, 1 - bottom / height, (right - left) / WIDTH, (bottom - top) / height)
         axes = figure.add_axes(box, facecolor=PANEL)
         for spine in axes.spines.values():
@@ -267,18 +267,18 @@ def draw(dashboard: dict[str, Any], query: Query, path: Path) -> None:
     plt.close(figure)
 
 
-def chosen(expression: str) -> str:
-    """The expression with what a dashboard's variables are at first."""
+def with_defaults(expression: str) -> str:
+    """Return the expression with the default values of the dashboard variables."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     return expression
 
 
 def ask(prometheus: Prometheus, start: float, end: float, rate_interval: str) -> Query:
-    """How to get the series of a target between `start` and `end`, seconds since 1970."""
+    """Return a query for a target's series between `start` and `end`, in seconds since 1970."""
 
     def query(target: dict[str, Any]) -> Series:
-        expression = chosen(target["expr"]).replace("$__rate_interval", rate_interval)
+        expression = with_defaults(target["expr"]).replace("$__rate_interval", rate_interval)
         if target["instant"]:
             answer = prometheus.get("/api/v1/query", query=expression, time=end)
         else:
@@ -302,7 +302,7 @@ def legend(target: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Cause some traffic, good and bad, and draw all dashboards."""
+    """Send valid and invalid requests for 155 seconds, and draw all dashboards."""
     with Deployment() as deployment:
         start = time.time()
         with deployment.traffic.changed(special="bad", every=30):

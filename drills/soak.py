@@ -1,7 +1,6 @@
-"""`make soak`: replaces workers under load, and shows what becomes of metrics and scrapes.
+"""`make soak`: replaces workers under load, and prints the effect on metrics and scrapes.
 
-It does so with the service as it is, and beside it with the library's own way: a set of files for
-each process id.
+It soaks the service as it is, and with the library's default: a set of files per process id.
 """
 
 import os
@@ -24,11 +23,11 @@ PID_FILES = str(Path(__file__).with_name("pid_files.conf.py"))
 
 @dataclass
 class Report:
-    """What a soak found; scrape times in seconds."""
+    """The result of a soak; scrape times in seconds."""
 
     replacements: int
     kills: int
-    answers: int
+    responses: int
     unanswered: int
     scrapes: int
     scrapes_unanswered: int
@@ -41,13 +40,13 @@ class Report:
 def soak(service: Service, url: str, replacements: int) -> Report:
     """Replace workers by SIGKILL, HUP and max_requests until `replacements` have been made.
 
-    Meanwhile clients sign up, and every scrape must parse and no counter go backwards. At the end
-    what the service counted is compared with what the clients and the table saw. A request that a
-    killed worker was at gets no answer, yet may be counted, and its row committed: so they differ
-    by at most the requests without an answer, and those are at most CLIENTS for each kill.
+    Meanwhile clients sign up, every scrape must parse, and no counter may decrease. Then the
+    service's counters are compared with the clients' counts and the table. A killed worker sends no
+    response to its requests in flight, yet may have counted them and committed their rows. So the
+    numbers differ by at most the requests without a response: at most CLIENTS per kill.
     """
     chance = random.Random(1)
-    _reload(service)  # from here on, old and new workers together are not more than before
+    _reload(service)  # so that the baseline includes the extra slots of a reload
     files, duration = _count_files(service), scrape_time(service)
     start = service.boots()
     kills = 0
@@ -64,7 +63,7 @@ def soak(service: Service, url: str, replacements: int) -> Report:
     report = Report(
         replacements=service.boots() - start,
         kills=kills,
-        answers=service.answers.total(),
+        responses=service.answers.total(),
         unanswered=load.unanswered.total(),
         scrapes=scraper.count,
         scrapes_unanswered=scraper.unanswered,
@@ -85,8 +84,8 @@ def _check(service: Service, url: str, report: Report) -> None:
     for status, answers in service.answers.items():
         assert answers <= counted[status] <= answers + report.unanswered
     total = now.total("signup_requests_total")
-    assert report.answers <= total <= report.answers + report.unanswered
-    # The duration is counted first, then the request: a kill may come between the two.
+    assert report.responses <= total <= report.responses + report.unanswered
+    # A kill may come after the duration is counted and before the request is.
     assert total <= now.total("signup_request_duration_seconds_count") <= total + report.unanswered
     rows = count_users(url)
     assert counted[201] <= rows <= counted[201] + report.unanswered
@@ -104,7 +103,7 @@ def _count_files(service: Service) -> int:
 
 
 def main(replacements: int) -> None:
-    """Print what `replacements` did, with slots and with a set of files for each process id."""
+    """Print the results with slots, and with a set of files per process id."""
     reports = {}
     with Postgres() as postgres:
         for name, options in (("slot", []), ("process id", ["--config", PID_FILES])):
@@ -113,7 +112,7 @@ def main(replacements: int) -> None:
                 "--max-requests=300", *options, DATABASE_URL=url, WEB_CONCURRENCY=str(WORKERS)
             ) as service:
                 reports[name] = soak(service, url, replacements)
-    print("files kept for each", *(f"{name:>12}" for name in reports), sep="  ")
+    print("one file set per   ", *(f"{name:>12}" for name in reports), sep="  ")
     for figure in fields(Report):
         values = (getattr(report, figure.name) for report in reports.values())
         print(f"{figure.name:<19}", *(f"{value:12.6g}" for value in values), sep="  ")

@@ -1,4 +1,4 @@
-"""What starts and feeds things, for tests, drills and benchmarks."""
+"""Servers, load and faults for tests, drills and benchmarks."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def wait_until(condition: Callable[[], T | None], timeout: float = 30, pause: float = 0.02) -> T:
-    """The first true result of `condition`; fails after `timeout` seconds without one."""
+    """Return the first true result of `condition`; raise AssertionError after `timeout` seconds."""
     give_up = time.monotonic() + timeout
     while not (result := condition()):
-        assert time.monotonic() < give_up, f"not in {timeout} s: {condition}"
+        assert time.monotonic() < give_up, f"not true within {timeout} s: {condition}"
         time.sleep(pause)
     return result

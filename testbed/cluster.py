@@ -1,4 +1,4 @@
-"""A primary and its synchronous standby, of which either can take the other's place."""
+"""A primary and its synchronous standby, which can swap roles."""
 
 import signal
 from contextlib import ExitStack
@@ -11,9 +11,9 @@ SYNC_STATE = "SELECT sync_state FROM pg_stat_replication"
 
 
 class Cluster:
-    """Two servers, gone after the `with` block; `primary` and `standby` change places.
+    """Two servers for a `with` block; `promote` swaps `primary` and `standby`.
 
-    A commit waits for the standby, but for a primary that has none yet: as Patroni has it.
+    A commit waits for the standby, except on a primary that has none yet, as under Patroni.
     """
 
     def __enter__(self) -> Self:
@@ -28,19 +28,19 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         for server in (self.primary, self.standby):
-            server.signal(signal.SIGKILL)  # a clean end would wait for the other one
+            server.signal(signal.SIGKILL)  # a clean shutdown would wait for the other server
             wait_until(lambda: not server.server.is_running())
         self._servers.close()
 
     def promote(self) -> None:
-        """Make the standby a primary; returns as soon as it can be written."""
+        """Promote the standby; return as soon as it accepts writes."""
         new = self.standby
         new.server.run("pg_ctl", "-D", new.server.data, "-W", "promote")
         wait_until(lambda: ask(new, "SELECT pg_is_in_recovery()") == [(False,)], pause=0.01)
         self.primary, self.standby = new, self.primary
 
     def rejoin(self) -> None:
-        """Bring what was the primary before `promote` back as a standby, unless it is one."""
+        """Rewind the former primary and attach it as a standby, unless it already is one."""
         if ask(self.primary, SYNC_STATE) == [("sync",)]:
             return
         self.standby.kill()

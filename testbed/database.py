@@ -1,4 +1,4 @@
-"""A PostgreSQL that a test may fill, stop and break, and what can be asked of it."""
+"""A PostgreSQL server that a test may fill, stop and break, and queries on it."""
 
 import contextlib
 import os
@@ -21,14 +21,14 @@ from .programs import is_alive
 
 
 class Postgres:
-    """An embedded PostgreSQL of its own, by default a primary, gone after the `with` block."""
+    """An embedded PostgreSQL for a `with` block; with the URL of a `primary`, its standby."""
 
     def __init__(self, primary: str = "") -> None:
         self._primary = primary
 
     def __enter__(self) -> Self:
         self._folder = tempfile.mkdtemp(prefix="signup-test-", dir="/tmp")
-        Path(self._folder).chmod(0o755)  # under root, PostgreSQL runs as another user
+        Path(self._folder).chmod(0o755)  # started by root, PostgreSQL runs as another user
         self.server = EmbeddedPostgres(Path(self._folder), self._primary)
         self.url = self.server.start()
         return self
@@ -39,9 +39,9 @@ class Postgres:
         shutil.rmtree(self._folder)
 
     def new_database(self, locale: str = "builtin C.UTF-8", encoding: str = "UTF8") -> str:
-        """The URL of an empty database, for a role that may just use it.
+        """Create an empty database and an unprivileged role; return the role's URL.
 
-        `locale` is libc's, or one with its provider in front.
+        `locale` is a libc locale, or a provider and its locale.
         """
         name = f"test_{time.monotonic_ns()}"
         execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
@@ -58,18 +58,18 @@ class Postgres:
         return admin.replace("//postgres@", f"//{name}:right@")
 
     def admin_url(self, url: str) -> str:
-        """The administrator's URL of the database that `url` names."""
+        """Return the superuser's URL of the database in `url`."""
         return re.sub("//[^@]*@", "//postgres@", url)
 
     def connections(self, url: str) -> set[int]:
-        """The server's processes for connections to the database of `url`, less those of tests."""
+        """Return the pids of the backends on the database in `url`, except those of tests."""
         name = urlsplit(url).path[1:]
         sql = f"""SELECT pid FROM pg_stat_activity
             WHERE datname = '{name}' AND application_name <> 'test'"""
         return {pid for (pid,) in execute(self.url, sql)}
 
     def pids(self) -> list[int]:
-        """The server's main process, then its others; nothing where it doesn't run."""
+        """Return the pids of the postmaster and its children; empty if the server is down."""
         with contextlib.suppress(FileNotFoundError):
             main = int((self.server.data / "postmaster.pid").read_text().splitlines()[0])
             others = Path(f"/proc/{main}/task/{main}/children").read_text().split()
@@ -86,13 +86,13 @@ class Postgres:
         self.server.run("pg_ctl", "-D", self.server.data, "-m", mode, "-w", "stop")
 
     def kill(self) -> None:
-        """End every process by SIGKILL, also of a server that is paused."""
+        """SIGKILL every process of the server, even while it is paused, and wait for their exit."""
         pids = self.pids()
         self.signal(signal.SIGKILL)
         wait_until(lambda: not any(map(is_alive, pids)))
 
     def restart(self) -> None:
-        """Start the server again after `stop`, or after it was killed."""
+        """Start the server again after it was stopped or killed."""
         pids = self.pids()
         wait_until(lambda: not any(map(is_alive, pids)))
         self.server.stop()
@@ -101,7 +101,7 @@ class Postgres:
 
 @contextlib.contextmanager
 def session(url: str) -> Iterator[Any]:
-    """The cursor of a connection of its own, in autocommit mode."""
+    """Yield a cursor on a new connection in autocommit mode."""
     config = Config.from_env({"DATABASE_URL": url, "DATABASE_STATEMENT_TIMEOUT": "60"})
     connection = connect(config, deadline=time.monotonic() + 600)
     with contextlib.closing(connection), connection.cursor() as cursor:
@@ -110,7 +110,7 @@ def session(url: str) -> Iterator[Any]:
 
 
 def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
-    """Run `sql`, and return the rows if there are any."""
+    """Run `sql` and return its rows, if any."""
     with session(url) as cursor:
         cursor.execute(sql)
         return cursor.fetchall() if cursor.description else []
@@ -118,7 +118,7 @@ def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def locked_table(url: str) -> Iterator[None]:
-    """While the block runs, whoever uses the table `users` waits."""
+    """Lock the table `users` during the block: every other statement on it waits."""
     with session(url) as cursor:
         cursor.execute("BEGIN; LOCK TABLE users")
         yield
@@ -126,7 +126,7 @@ def locked_table(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def broken_table(url: str) -> Iterator[None]:
-    """While the block runs, no signup can be stored."""
+    """Make every signup fail during the block, by renaming a column."""
     execute(url, "ALTER TABLE users RENAME COLUMN last_name TO family_name")
     try:
         yield
@@ -139,5 +139,5 @@ def count_users(url: str) -> int:
 
 
 def stored_emails(url: str) -> set[str]:
-    """Of all users."""
+    """Return the emails of all users."""
     return {email for (email,) in execute(url, "SELECT email FROM users")}

@@ -1,9 +1,9 @@
-"""A Docker engine of its own, and stand-ins for the images that can't be pulled.
+"""A private Docker engine, and stand-ins for images that can't be pulled.
 
-The engine and Compose are Debian's, in a tree that debootstrap makes. They run in namespaces of
-their own (mounts, network, process ids), and so does the command that uses them: with it end the
-containers, and with the namespaces the bridges, the packet filter and the mounts. slirp4netns
-leads from there to the package indexes. What takes long to make is kept in a folder.
+The engine and Compose are Debian packages in a tree built by debootstrap. They share separate
+mount, network and PID namespaces with the command that uses them. When the command exits, its
+containers, bridges, packet filter rules and mounts disappear with the namespaces. slirp4netns
+connects the namespaces to the package indexes. The tree and the images are cached in FOLDER.
 """
 
 import os
@@ -22,8 +22,7 @@ from .programs import PATH, missing
 FOLDER = ROOT / ".engine"
 TREE = FOLDER / "tree"
 PROGRAMS = ("debootstrap", "slirp4netns", "ip")
-# The base of all stand-ins, then what the engine needs beside it. Debian's next release has the
-# versions of today.
+# Debian testing has current versions. Stand-ins start from BASE; the engine's tree adds ENGINE.
 SUITE = "testing"
 BASE = "ca-certificates,curl,python3,python3-venv,python-is-python3,wget"
 ENGINE = "docker.io docker-cli docker-compose docker-buildx iptables"
@@ -34,9 +33,9 @@ STAND_INS = {
     "prom/prometheus": "prometheus",
     "prom/alertmanager": "alertmanager",
     "prom/blackbox-exporter": "blackbox",
-}  # all others are placeholders
-# What pip needs of this machine to reach a package index.
-LENT = [Path("/etc/pip.conf"), Path("/etc/ssl/certs/ca-certificates.crt")]
+}  # any other image gets a placeholder
+# What pip in a stand-in needs from the host to reach a package index.
+HOST_FILES = [Path("/etc/pip.conf"), Path("/etc/ssl/certs/ca-certificates.crt")]
 CGROUP = f"signup-engine-{os.getpid()}"
 
 INSTALL = """
@@ -46,7 +45,7 @@ cp /etc/resolv.conf "$1/etc/resolv.conf"
 DEBIAN_FRONTEND=noninteractive chroot "$1" apt-get install -qq --yes --no-install-recommends $2
 """
 
-# As the first process in its namespaces: the tree's mounts, the engine, then the command.
+# Process 1 of the namespaces: mounts the tree, starts the engine, then runs the command.
 RUN = r"""
 tree=$1 folder=$2 root=$3 cgroup=$4
 shift 4
@@ -63,7 +62,7 @@ echo "nameserver 10.0.2.3" >"$tree/etc/resolv.conf" # slirp4netns
 ip link set lo up
 until ip route | grep -q ^default; do sleep 0.1; done
 export DOCKER_HOST="unix://$folder/docker.sock" PATH="$folder/bin:$PATH"
-# A root of its own, not chroot's: what enters a container would find itself outside of that.
+# pivot_root, not chroot: a process that enters a container's mount namespace leaves a chroot.
 unshare --mount sh -euc 'cd "$0"; pivot_root . mnt; umount -l mnt; exec "$@"' "$tree" \
     dockerd --host="$DOCKER_HOST" --data-root="$folder/data" --exec-root=/run/docker \
     --pidfile=/run/docker.pid --cgroup-parent="/$cgroup" --log-level=warn \
@@ -80,14 +79,14 @@ wait $engine || true
 exit $status
 """
 
-# The client, which lies in the tree as well.
+# A wrapper, since the client is inside the tree.
 CLIENT = """#!/bin/sh
 exec chroot {tree} /bin/sh -c 'cd "$0" && exec /usr/bin/docker "$@"' "$PWD" "$@"
 """
 
 
-def is_there() -> bool:
-    """Whether DOCKER_HOST, or the usual socket, leads to an engine, and Compose is there."""
+def is_available() -> bool:
+    """Return whether `docker` reaches an engine (DOCKER_HOST or the default) and has Compose."""
     commands = (["docker", "version"], ["docker", "compose", "version"])
     return shutil.which("docker") is not None and all(
         subprocess.run(command, capture_output=True).returncode == 0 for command in commands
@@ -95,26 +94,26 @@ def is_there() -> bool:
 
 
 def run(command: Sequence[str]) -> int:
-    """Run `command` beside an engine that it finds as DOCKER_HOST; its exit status.
+    """Run `command` with a private engine as DOCKER_HOST; return its exit status.
 
-    Ends this process with one line on what is missing.
+    Exits with a one-line message if a program or root is missing.
     """
     if reason := missing(*PROGRAMS):
-        sys.exit(f"no Docker engine, and {reason}")
+        sys.exit(f"no Docker engine found, and cannot start one: {reason}")
     if os.geteuid() != 0:
-        sys.exit("no Docker engine, and one of its own needs root")
+        sys.exit("no Docker engine found, and starting one needs root")
     _make_tree()
-    new = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    namespaces = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     script = ["sh", "-euc", RUN, "sh", str(TREE), str(FOLDER), str(ROOT), CGROUP, *command]
-    die = ["setpriv", "--pdeathsig", "KILL"]  # with this process, however that ends
+    die_too = ["setpriv", "--pdeathsig", "KILL"]  # even if this process is killed
     environment = os.environ | {"PATH": PATH}
-    with subprocess.Popen([*die, *new, *script], env=environment) as process:
+    with subprocess.Popen([*die_too, *namespaces, *script], env=environment) as process:
         try:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             child = wait_until(lambda: process.poll() is not None or children.read_text().strip())
             slirp = ["slirp4netns", "--configure", "--mtu=65520", "--disable-host-loopback"]
             with subprocess.Popen(
-                [*die, *slirp, str(child), "tap0"],
+                [*die_too, *slirp, str(child), "tap0"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             ) as network:
@@ -132,7 +131,7 @@ def _make_tree() -> None:
     FOLDER.mkdir(exist_ok=True)
     if not (FOLDER / "ready").exists():
         shutil.rmtree(TREE, ignore_errors=True)
-        print("debootstrap: a tree of Debian's packages, with the engine", flush=True)
+        print("debootstrap: installing Debian packages and the engine", flush=True)
         options = ["--variant=minbase", f"--include={BASE}"]
         _quietly("debootstrap", *options, SUITE, str(TREE))
         _quietly("tar", "-C", str(TREE), "-cf", str(FOLDER / "base.tar"), ".")
@@ -163,7 +162,7 @@ def _remove_cgroups() -> None:
 
 
 def provide_images() -> dict[str, str]:
-    """What each image of docker-compose.yml and of the Dockerfile is: pulled, or made of what."""
+    """Pull or build each image of docker-compose.yml and the Dockerfile; return their origins."""
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     names = {s["image"] for s in compose["services"].values() if "build" not in s}
     names |= set(re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
@@ -181,9 +180,9 @@ def _make_stand_in(name: str) -> str:
     context = FOLDER / "stand_ins"
     shutil.rmtree(context, ignore_errors=True)
     shutil.copytree(ROOT / "testbed/stand_ins", context)
-    (context / "lent").mkdir()
-    for path in filter(Path.exists, LENT):
-        shutil.copy(path, context / "lent")
+    (context / "host").mkdir()
+    for path in filter(Path.exists, HOST_FILES):
+        shutil.copy(path, context / "host")
     image = name.rpartition(":")[0]
     target = f"--target={STAND_INS.get(image, 'placeholder')}"
     _quietly("docker", "build", target, f"--tag={name}", f"--build-arg=IMAGE={name}", str(context))

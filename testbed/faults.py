@@ -1,4 +1,4 @@
-"""What can go wrong with a database, each as a block during which it does."""
+"""Database faults: each is a context manager that causes the fault during its block."""
 
 import contextlib
 import signal
@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 from .database import Postgres, execute, locked_table
 
 Fault = Callable[[Postgres, str], contextlib.AbstractContextManager[None]]
-FILE_LIMIT = 17 * 2**20  # bytes; more than a file of the write-ahead log
+FILE_LIMIT = 17 * 2**20  # bytes; above the size of a WAL segment
 
 
 def end_connections(postgres: Postgres, url: str) -> None:
-    """End every connection to the database of `url`, but for those of tests."""
+    """Terminate every connection to the database in `url`, except those of tests."""
     for pid in postgres.connections(url):
         execute(postgres.url, f"SELECT pg_terminate_backend({pid}, 5000)")
 
@@ -79,7 +79,7 @@ def wrong_password(postgres: Postgres, url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_full(postgres: Postgres, url: str) -> Iterator[None]:
-    """No file may grow: what a full disk does, to the server's processes alone."""
+    """Simulate a full disk, for the server alone: no file can grow beyond FILE_LIMIT."""
     admin = postgres.admin_url(url)
     execute(
         admin,
@@ -89,7 +89,7 @@ def disk_full(postgres: Postgres, url: str) -> Iterator[None]:
     )
     end_connections(postgres, url)
 
-    def limit(size: int | str) -> None:  # inherited by the connections to come
+    def limit(size: int | str) -> None:  # new backends inherit it
         command = ["prlimit", f"--pid={postgres.pids()[0]}", f"--fsize={size}:"]
         subprocess.run(command, check=True, cwd="/", **postgres.server.account())
 

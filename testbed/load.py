@@ -1,4 +1,4 @@
-"""Load: clients that sign up, and scrapers that watch, in the background of a `with` block."""
+"""Background load during a `with` block: clients that sign up, and scrapers."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from .service import USER, Client, Samples
 
 
 class Background(ABC):
-    """Threads that repeat `step` until the block ends; an error in one of them fails the block."""
+    """Threads that repeat `step` until the block ends, which then raises their first error."""
 
     def __init__(self, threads: int) -> None:
         self._stop = threading.Event()
@@ -44,14 +44,14 @@ class Background(ABC):
 
     @abstractmethod
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        """What the thread `number` does in its `turn`, both counted from 0."""
+        """Do one iteration; thread `number` and iteration `turn` count from 0."""
 
 
 class Signups(Background):
-    """Signups over connections that are kept alive: of ten, eight good, one bad, one a duplicate.
+    """Signups over keep-alive connections: of ten, eight are new, one invalid, one a duplicate.
 
-    `acknowledged` are the emails that got a 201, `unanswered` counts what got no HTTP answer, and
-    `slowest` is the longest that one waited for its answer, in seconds.
+    `acknowledged` lists the emails that got a 201, `unanswered` counts the requests without an
+    HTTP response by error, and `slowest` is the longest response time in seconds.
     """
 
     def __init__(self, service: Client, clients: int = 8, name: str = "load") -> None:
@@ -75,9 +75,9 @@ class Signups(Background):
 
 
 class Scraper(Background):
-    """Scrapes, each over a new connection; every one must parse, and no counter go backwards.
+    """Scrapes over new connections: each must parse, and no counter may decrease.
 
-    `count` are those that were answered, `unanswered` those whose worker was killed meanwhile.
+    `count` is the number of complete scrapes, `unanswered` of those whose worker was killed.
     """
 
     def __init__(self, service: Client, scrapers: int = 1) -> None:
@@ -101,7 +101,7 @@ class Scraper(Background):
 
 
 def scrape_time(service: Client, times: int = 50) -> float:
-    """The median duration of a scrape in seconds, over one connection."""
+    """Return the median duration of a scrape in seconds, over one keep-alive connection."""
     durations = []
     with requests.Session() as session:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""Prometheus, Alertmanager and the prober, with the configuration that they have in production."""
+"""Prometheus, Alertmanager and the blackbox exporter, with their production configuration."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from .programs import Program
 STAGING = "signup-server-staging"
 
 
-class Watcher(Program):
-    """A program of the Prometheus project."""
+class MonitoringProgram(Program):
+    """A server of the Prometheus project."""
 
     ready = "/-/ready"
 
@@ -28,13 +28,13 @@ class Watcher(Program):
         return url if url and requests.get(url + self.ready, timeout=10).ok else None
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """What the API answers, as JSON."""
+        """Return the JSON that the HTTP API responds with."""
         response = requests.get(self.url + path, params=parameters, timeout=30)
         assert response.ok, response.text
         return response.json()
 
 
-class Alertmanager(Watcher):
+class Alertmanager(MonitoringProgram):
     """Alertmanager with prometheus/alertmanager.yml."""
 
     def command(self) -> list[str]:
@@ -47,15 +47,15 @@ class Alertmanager(Watcher):
         ]
 
     def alerts(self) -> dict[str, str]:
-        """The state of each alert: active, or suppressed by another one."""
+        """Return the state of each alert: active, or suppressed by another alert."""
         return {
             alert["labels"]["alertname"]: str(alert["status"]["state"])
             for alert in self.get("/api/v2/alerts")
         }
 
 
-class BlackboxExporter(Watcher):
-    """The prober with prometheus/blackbox.yml."""
+class BlackboxExporter(MonitoringProgram):
+    """The blackbox exporter with prometheus/blackbox.yml."""
 
     ready = "/-/healthy"
 
@@ -67,13 +67,13 @@ class BlackboxExporter(Watcher):
         ]
 
 
-class Prometheus(Watcher):
-    """Prometheus with prometheus/prometheus.yml, but for its targets and the time it takes.
+class Prometheus(MonitoringProgram):
+    """Prometheus with prometheus/prometheus.yml, except for its targets and intervals.
 
-    It scrapes and evaluates each `interval`, a duration as Prometheus writes them. Without DNS,
-    the targets of each job are what `set_targets` says, and what `prober` asks is what
-    `set_front_door` says; STAGING is a job beside production. `change` makes of the text of a file
-    of rules the one that is used, and `alertmanager` is where alerts go.
+    It scrapes and evaluates every `interval`, a Prometheus duration. There is no DNS:
+    `set_targets` sets the targets of a job, and `set_probe_target` the URL that `prober` probes.
+    STAGING is an additional job. `change` maps the text of a rule file to the text in use, and
+    `alertmanager` receives the alerts.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Prometheus(Watcher):
             f"--config.file={self._write_config()}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             "--web.listen-address=127.0.0.1:0",
-            "--rules.alert.resend-delay=1s",  # what came before Alertmanager was known is lost
+            "--rules.alert.resend-delay=1s",  # an alert sent before discovery is lost
         ]
 
     def _write_config(self) -> Path:
@@ -123,11 +123,11 @@ class Prometheus(Watcher):
         return path
 
     def set_targets(self, job: str, *urls: str) -> None:
-        """Scrape these from now on."""
+        """Replace the targets of `job`."""
         self._write_targets(job, [{"targets": [url.removeprefix("http://") for url in urls]}])
 
-    def set_front_door(self, url: str) -> None:
-        """Probe this from now on, as prometheus.yml says of the proxy."""
+    def set_probe_target(self, url: str) -> None:
+        """Probe `url` from now on, as prometheus.yml probes the proxy."""
         config = (ROOT / "prometheus/prometheus.yml").read_text().replace("http://proxy:8080", url)
         (job,) = (
             job
@@ -142,14 +142,14 @@ class Prometheus(Watcher):
         new.rename(self.folder / f"{job}.json")
 
     def reload(self) -> None:
-        """Have it read its configuration again."""
+        """Reload the configuration."""
         self.send_signal(signal.SIGHUP)
 
     def query(self, query: str, time: float | None = None) -> dict[str, float]:
-        """The instant vector's values by their labels' values, joined by commas.
+        """Return the values of an instant query by their label values, joined by commas.
 
-        `time` is that of the evaluation, in seconds since 1970. Raises AssertionError for a query
-        that Prometheus refuses.
+        `time` is the evaluation time in seconds since 1970. Raises AssertionError if Prometheus
+        rejects the query.
         """
         parameters = {"query": query} | ({"time": time} if time else {})
         result = self.get("/api/v1/query", **parameters)["data"]["result"]
@@ -158,9 +158,9 @@ class Prometheus(Watcher):
     def query_range(
         self, query: str, start: float, end: float, step: float
     ) -> dict[str, list[tuple[float, float]]]:
-        """The range vector's times and values, by the labels' values as in `query`.
+        """Return the times and values of a range query, keyed as in `query`.
 
-        `start`, `end` and `step` are in seconds.
+        `start` and `end` are in seconds since 1970, `step` in seconds.
         """
         result = self.get("/api/v1/query_range", query=query, start=start, end=end, step=step)[
             "data"
@@ -171,7 +171,7 @@ class Prometheus(Watcher):
         }
 
     def backfill(self, samples: str) -> None:
-        """Add these samples of the past, in OpenMetrics format; Prometheus restarts for it."""
+        """Import past samples in OpenMetrics format; Prometheus restarts."""
         self.stop()
         file = self.folder / "samples"
         file.write_text(samples)

@@ -13,7 +13,7 @@ from .service import Client, Samples, Service
 
 
 class FromAddress(HTTPAdapter):
-    """Connections from an address of this machine: all of 127.0.0.0/8 is."""
+    """Connects from `address`, which may be any of 127.0.0.0/8."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -24,9 +24,9 @@ class FromAddress(HTTPAdapter):
 
 
 class Nginx(Program, Client):
-    """nginx with nginx/nginx.conf, but for its port and the replicas, which are `services`.
+    """nginx with nginx/nginx.conf, except for its port and the replicas, which are `services`.
 
-    Its clients on /signup have an address each, so that the limit for one doesn't meet them. Its
+    Each signup comes from a new client address, so the rate limit per client does not apply. The
     metrics are the sum over all services.
     """
 
@@ -46,7 +46,7 @@ class Nginx(Program, Client):
             for service in self._services
         ]
         (self.folder / "replicas.conf").write_text("".join(replicas))
-        # Debian's nginx opens a log of its own before it reads the configuration.
+        # Debian's nginx opens its default log before it reads the configuration.
         options = ["-e", "stderr", "-g", "daemon off;"]
         return ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *options]
 
@@ -58,7 +58,7 @@ class Nginx(Program, Client):
         return f"http://127.0.0.1:{self._port}"
 
     def signup(self, method: str = "POST", **options: Any) -> requests.Response:
-        """A request to /signup, over a connection of its own, from `address` or a new one."""
+        """Send a request to /signup over a new connection, from `address` or a new address."""
         number = next(self._addresses)
         address = options.pop("address", socket.inet_ntoa(number.to_bytes(4, "big")))
         with requests.Session() as session:

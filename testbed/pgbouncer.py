@@ -14,9 +14,9 @@ POOL = 3  # connections to PostgreSQL
 
 
 class PgBouncer(Program):
-    """PgBouncer in front of `postgres`, with deploy/pgbouncer.ini but for addresses and size.
+    """PgBouncer with deploy/pgbouncer.ini, except for its addresses and pool size.
 
-    `url` is that of the database which `direct` names.
+    `url` leads through PgBouncer to the database in `direct`, a URL of `postgres`.
     """
 
     def __init__(self, postgres: Postgres, direct: str) -> None:
@@ -25,7 +25,7 @@ class PgBouncer(Program):
         self._port = free_port()
 
     def account(self) -> dict[str, Any]:
-        return self._postgres.server.account()  # it refuses to run as root
+        return self._postgres.server.account()  # PgBouncer refuses to run as root
 
     def command(self) -> list[str]:
         user, name = self._parts.username, self._parts.path[1:]

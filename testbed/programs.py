@@ -1,4 +1,4 @@
-"""Programs of the system: whether they are there, and how they start and end."""
+"""System programs: find, start and stop them."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from . import wait_until
 
-PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
+PACKAGES = {  # Debian packages by program
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
@@ -27,26 +27,26 @@ PACKAGES = {  # of Debian; others call Alertmanager's program alertmanager
     "slirp4netns": "slirp4netns",
     "ip": "iproute2",
 }
-PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # servers; a user's own has no sbin
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # a user's PATH lacks sbin
 
 
-def program(name: str) -> str | None:
-    """Where the program is that Debian calls `name`; others leave `prometheus-` out."""
-    others = name.removeprefix("prometheus-").replace("-", "_")
-    return shutil.which(name, path=PATH) or shutil.which(others)
+def find_program(name: str) -> str | None:
+    """Return the path of a program by its Debian name; upstream's lack `prometheus-`."""
+    upstream = name.removeprefix("prometheus-").replace("-", "_")
+    return shutil.which(name, path=PATH) or shutil.which(upstream)
 
 
 def missing(*names: str) -> str:
-    """Which of these programs are missing, and how to get them; empty if none is."""
-    absent = [name for name in names if program(name) is None]
+    """Return which programs are missing and how to install them; empty if none is."""
+    absent = [name for name in names if find_program(name) is None]
     packages = " ".join(sorted({PACKAGES[name] for name in absent}))
     return f"missing: {', '.join(absent)} (apt-get install {packages})" if absent else ""
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 for a program that can't choose one by itself.
+    """Return a free port of 127.0.0.1, for a program that can't choose one.
 
-    It is below those that Linux gives to whoever has no wish, so that it stays free for a restart.
+    It is below Linux's ephemeral ports, so that it stays free for a restart.
     """
     while True:
         port = random.randrange(10_000, 32_768)
@@ -63,7 +63,7 @@ def is_alive(pid: int) -> bool:
 
 
 class Program(ABC):
-    """A server on a free port of 127.0.0.1 and its `folder`, both gone after the `with` block."""
+    """A server on a free port of 127.0.0.1 and its temporary `folder`, for a `with` block."""
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="signup-test-", dir="/tmp"))
@@ -81,21 +81,21 @@ class Program(ABC):
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The program's name and its options."""
+        """Return the program's name and options."""
 
     def account(self) -> dict[str, Any]:
-        """How subprocess runs it as another user."""
+        """Return the subprocess options that run it as another user."""
         return {}
 
     @abstractmethod
     def address(self) -> str | None:
-        """The URL, once the program can be asked."""
+        """Return the URL once the program accepts connections, else None."""
 
     def start(self) -> None:
         name, *options = self.command()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [str(program(name)), *options],
+                [str(find_program(name)), *options],
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -123,5 +123,5 @@ class Program(ABC):
             raise
 
     def log(self) -> str:
-        """What the program has printed since it was started."""
+        """Return the program's output since its last start."""
         return self._log.read_text()

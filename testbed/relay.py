@@ -1,4 +1,4 @@
-"""A TCP address that leads to a PostgreSQL, can be moved to another one, and can go silent."""
+"""A TCP relay to a PostgreSQL server, which can switch to another server or go silent."""
 
 import contextlib
 import socket
@@ -11,7 +11,7 @@ from .postgres import SOCKET_NAME
 
 
 class Relay:
-    """A `port` of 127.0.0.1 in front of a server, closed after the `with` block."""
+    """Forwards a `port` of 127.0.0.1 to a server during a `with` block."""
 
     def __init__(self, server: Postgres) -> None:
         self._lock = threading.Lock()
@@ -32,19 +32,19 @@ class Relay:
             self._close(pair)
 
     def move(self, server: Postgres) -> None:
-        """Lead new connections to `server`; those that are open stay where they are."""
+        """Forward new connections to `server`; open ones keep their server."""
         self._server = server
 
     def go_silent(self) -> None:
-        """Forward nothing more of the connections that are open now, and keep them open."""
+        """Stop forwarding on the connections that are open now, without closing them."""
         self._silent |= self._pairs.keys()
 
     def connections(self, server: Postgres) -> int:
-        """How many connections to `server` clients have open."""
+        """Return the number of open client connections to `server`."""
         return list(self._pairs.values()).count(server)
 
     def silent_connections(self) -> int:
-        """How many of those that went silent clients have still open."""
+        """Return how many silent connections the clients still have open."""
         return len(self._silent & self._pairs.keys())
 
     def _accept(self) -> None:
@@ -78,7 +78,7 @@ class Relay:
             while data := source.recv(65536):
                 if pair not in self._silent:
                     sink.sendall(data)
-        if pair not in self._silent or source is pair[0]:  # no news of a server's end either
+        if pair not in self._silent or source is pair[0]:  # a client must not see the server close
             self._close(pair)
 
     def _close(self, pair: tuple[socket.socket, socket.socket]) -> None:

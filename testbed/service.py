@@ -1,4 +1,4 @@
-"""The service under gunicorn, and what can be asked of it."""
+"""The service under gunicorn, and an HTTP client for it."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from .postgres import home_for
 
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-CLOSE = {"Connection": "close"}  # a worker that ends waits for connections that are kept alive
+CLOSE = {"Connection": "close"}  # a stopping worker waits for keep-alive connections
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
 SETTINGS = re.compile(
     "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
@@ -33,12 +33,12 @@ SETTINGS = re.compile(
 
 
 def user(name: str) -> dict[str, str]:
-    """The body of a signup, whose email has `name` in it."""
+    """Return a signup body whose email contains `name`."""
     return USER | {"email": f"{name}@example.com"}
 
 
 def refused_start(*options: str, folder: Path = ROOT, **env: str) -> CompletedProcess[str]:
-    """Start gunicorn in `folder` without any other variable, where it is expected to refuse."""
+    """Start gunicorn in `folder` with the variables `env` alone; it must refuse to start."""
     command = [*GUNICORN, "--bind=127.0.0.1:0", *options, "app:app"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode
@@ -52,13 +52,13 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
         return self[name, frozenset(labels.items())]
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum over all samples of `name` that have `labels`."""
+        """Return the sum over all samples of `name` that have `labels`."""
         wanted = frozenset(labels.items())
         return sum(value for (n, have), value in self.items() if n == name and wanted <= have)
 
 
 class Client:
-    """What can be asked of `url`; `answers` counts the statuses that clients got on /signup."""
+    """An HTTP client of the service at `url`; `answers` counts the statuses of /signup."""
 
     url: str
 
@@ -71,7 +71,7 @@ class Client:
         return requests.get(self.url + path, timeout=30, **options)
 
     def signup(self, method: str = "POST", **options: Any) -> requests.Response:
-        """A request to /signup; `session` keeps its connection alive."""
+        """Send a request to /signup; a `session` keeps its connection alive."""
         session = options.pop("session", None)
         if session is None:
             session, options["headers"] = requests, CLOSE | options.get("headers", {})
@@ -83,7 +83,7 @@ class Client:
         return response
 
     def metrics(self, openmetrics: bool = False) -> Samples:
-        """A scrape over a new connection, so of any worker, parsed by prometheus_client."""
+        """Scrape over a new connection, so any worker may respond, and parse the exposition."""
         response = self.get("/metrics", headers={"Accept": OPENMETRICS} if openmetrics else {})
         response.raise_for_status()
         assert response.headers["Content-Type"].startswith(
@@ -97,7 +97,7 @@ class Client:
         )
 
     def wait_for(self, **values: float) -> Samples:
-        """The first scrape in which these metrics, which have no labels, have these values."""
+        """Return the first scrape in which these metrics without labels have these values."""
 
         def scrape() -> Samples | None:
             now = self.metrics()
@@ -106,7 +106,7 @@ class Client:
         return wait_until(scrape)
 
     def quiet_metrics(self) -> Samples:
-        """A scrape once nothing is being worked on and the pool's gauges say so."""
+        """Return the first scrape with no request in flight and no connection in use."""
 
         def quiet() -> Samples | None:
             now = self.metrics()
@@ -118,7 +118,7 @@ class Client:
         return wait_until(quiet)
 
     def check_equalities(self, rows: int) -> None:
-        """Design, section 3: what holds at every quiet moment. `rows` are those in `users`."""
+        """Check what docs/metrics.md says always holds; `rows` is the number of rows in `users`."""
         now = self.quiet_metrics()
 
         def requests_with(*codes: int) -> float:
@@ -148,10 +148,10 @@ class Client:
 
 
 class Service(Client):
-    """The service under gunicorn on 127.0.0.1, by default on a free port; ends with the block.
+    """The service under gunicorn on 127.0.0.1, by default on a free port, for a `with` block.
 
-    `options` are gunicorn's, `env` the service's variables; those of this process don't count.
-    Without a DATABASE_URL it is started as by `make run`.
+    `options` are gunicorn's, `env` the service's variables; those of this process are ignored.
+    Without a DATABASE_URL, it starts as `make run` does.
     """
 
     def __init__(self, *options: str, project: Path = ROOT, port: int = 0, **env: str) -> None:
@@ -174,7 +174,7 @@ class Service(Client):
         )
         try:
             self.url = wait_until(self._address)
-            self.get("/healthz")  # waits in the queue for a worker
+            self.get("/healthz")  # returns once a worker accepts
         except BaseException:
             self.__exit__()
             raise
@@ -182,7 +182,7 @@ class Service(Client):
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.stop(signal.SIGINT)  # a stop that is quick; TERM takes a second
+            self.stop(signal.SIGINT)  # TERM takes a second longer
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self._output.close()
@@ -205,7 +205,7 @@ class Service(Client):
             raise
 
     def kill(self) -> None:
-        """SIGKILL the master and its workers, which are groups of their own, all at once."""
+        """SIGKILL the master and its workers at once; they are not in one process group."""
         processes = [psutil.Process(self.process.pid)]
         processes += processes[0].children(recursive=True)
         for process in processes:
@@ -219,7 +219,7 @@ class Service(Client):
         return found[1] if found else None
 
     def log(self) -> str:
-        """What the service has printed so far."""
+        """Return the service's output so far."""
         return Path(self._output.name).read_text()
 
     def worker_pids(self) -> list[int]:
@@ -227,27 +227,27 @@ class Service(Client):
         return [int(p) for p in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
 
     def boots(self) -> int:
-        """How many workers the master has started so far."""
+        """Return how many workers the master has started so far."""
         return self.log().count("Booting worker")
 
     def metric_files(self, pid: int) -> set[Path]:
-        """The files of metrics that the worker `pid` has open, less the master's."""
+        """Return the metric files that the worker `pid` has open, except the master's."""
         files = set()
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # it has exited
             for link in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):  # a file that was closed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                     files.add(link.readlink())
         return {file for file in files if file.suffix == ".db" and "master" not in file.name}
 
     def metrics_folder(self) -> Path:
-        """Where the workers keep their metrics."""
+        """Return the folder of the workers' metric files."""
         files = wait_until(lambda: self.metric_files(self.worker_pids()[0]))
         return files.pop().parent
 
 
 @contextlib.contextmanager
 def project_copy() -> Iterator[Path]:
-    """The service's files in a home folder of mode 700, whose data is removed at the end."""
+    """Copy the service to a home folder of mode 700; its data is removed after the block."""
     with tempfile.TemporaryDirectory(prefix="signup-home-", dir="/tmp") as home:
         project = Path(home) / "signup"
         project.mkdir()

@@ -1,4 +1,4 @@
-"""A real Prometheus that has watched a real service while known traffic came to it."""
+"""A real Prometheus that has scraped a real service under known traffic."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from .faults import read_only
 from .monitoring import STAGING, Prometheus
 from .service import Samples, Service, user
 
-# What is sent: how often with each outcome, and for what.
+# The traffic: requests by error type, by invalid field and by status code.
 ERRORS = {
     "validation": 60,
     "duplicate_email": 25,
@@ -25,21 +25,21 @@ ERRORS = {
 FIELDS = {"email": 30, "first_name": 20, "last_name": 10}
 CODES = {"201": 200, "400": 75, "405": 10, "409": 25, "413": 0, "500": 20, "503": 0}
 ALL = sum(CODES.values())
-SIGNUPS = ALL - CODES["405"]  # what ratios and quantiles are of
-WAITING = 5  # requests, when all of that has been sent
-# An hour before, for ten minutes: requests a second of another replica, and its containers.
+SIGNUPS = ALL - CODES["405"]  # the requests in ratios and quantiles
+WAITING = 5  # requests in flight at the end
+# Backfilled for ten minutes, an hour ago: requests per second of a replica, and the containers.
 PAST = {"201": 2, "409": 0.5}
 HOUR_AGO = sum(PAST.values())
 TODAY = CODES["201"] + PAST["201"] * 600
 CONTAINERS = ("signup-server-1", "signup-server-2")
-CPU, MEMORY, RECEIVED = 0.4, 60, 5000  # seconds a second, MiB, bytes a second
+CPU, MEMORY, RECEIVED = 0.4, 60, 5000  # seconds per second, MiB, bytes per second
 
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """When there was no traffic yet, and when there was all of it, with a scrape of then.
+    """The times before (`idle`) and after (`now`) the traffic, and a scrape at `now`.
 
-    Times are in seconds since 1970. The containers are there an hour before `now` alone.
+    Times are in seconds since 1970. The containers exist only an hour before `now`.
     """
 
     prometheus: Prometheus
@@ -54,16 +54,16 @@ class Watched:
 
 @contextlib.contextmanager
 def watch(postgres: Postgres) -> Iterator[Watched]:
-    """Start a service and a Prometheus, send everything, and add what was an hour ago."""
+    """Start a service and a Prometheus, send the traffic, and backfill that of an hour ago."""
     url = postgres.new_database()
     with (
-        Prometheus("250ms", _soon) as prometheus,
+        Prometheus("250ms", _without_delays) as prometheus,
         Service(DATABASE_URL=url, WEB_CONCURRENCY="4", METRICS_SAMPLE_INTERVAL="0.05") as service,
         ThreadPoolExecutor(WAITING) as executor,
     ):
         service.wait_for(signup_worker_starts_total=4)
         prometheus.set_targets("signup-server", service.url)
-        prometheus.set_targets(STAGING, service.url)  # no query may take anything from there
+        prometheus.set_targets(STAGING, service.url)  # no query may include this job
         wait_until(lambda: len(prometheus.query("count_over_time(up[1m]) > 20")) == 2)
         idle = time()
         _send(service, postgres, url)
@@ -76,13 +76,13 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
             in_use = 'sum(database_connections{job="signup-server", state="in_use"})'
             wait_until(lambda: prometheus.query(in_use) == {"": WAITING})
             now, samples = time(), service.metrics()
-        assert now - idle < 55, "too slow for the queries that look back a minute"
+        assert now - idle < 55, "too slow for queries with a window of a minute"
         prometheus.backfill(_past_samples(now - 3600))
         yield Watched(prometheus, idle, now, samples)
 
 
-def _soon(rules: str) -> str:
-    """The rules, with alerts that fire and records that are there without waiting."""
+def _without_delays(rules: str) -> str:
+    """Return the rules with every `for` and `interval` set to a second."""
     return re.sub(r"\b(for|interval): \w+", r"\1: 1s", rules)
 
 
@@ -105,7 +105,7 @@ def _send(service: Service, postgres: Postgres, url: str) -> None:
 
 
 def _past_samples(end: float) -> str:
-    """What would have been scraped until `end`, in OpenMetrics format: PAST and the containers."""
+    """Return the samples of PAST and the containers until `end`, in OpenMetrics format."""
     families = {
         "counter signup_requests": {
             f'_total{{job="{job}",instance="past",status_code="{code}"}}': rate
@@ -133,9 +133,9 @@ def _of_containers(suffix: str, value: float) -> dict[str, float]:
 
 
 def quantile(samples: Samples, q: float, name: str, **labels: str) -> float:
-    """A quantile as Prometheus defines it: linear within the bucket that its rank falls into.
+    """Return a quantile as Prometheus computes it: linear within the bucket of its rank.
 
-    The values of `labels` are alternatives, as in `201|409`.
+    A label value may list alternatives, as in `201|409`.
     """
     bounds = sorted({dict(k)["le"] for n, k in samples if n == f"{name}_bucket"}, key=float)
     wanted = [

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from drills.previews import ROW, WIDTH, ask, chosen, draw
+from drills.previews import ROW, WIDTH, ask, draw, with_defaults
 from testbed import ROOT
 from testbed.watched import (
     CODES,
@@ -228,7 +228,7 @@ def test_idle_panels_show_data_or_a_no_data_text(
 def test_restart_is_annotated_for_one_minute(watched: Watched) -> None:
     for dashboard in DASHBOARDS.values():
         (restarts,) = dashboard["annotations"]["list"]
-        query = chosen(restarts["expr"])
+        query = with_defaults(restarts["expr"])
         (seconds_left,) = watched.prometheus.query(query, watched.idle).values()
         assert 0 < seconds_left < 60
         assert not watched.prometheus.query(query, watched.idle + 60)

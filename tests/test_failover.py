@@ -48,13 +48,13 @@ def test_signups_follow_the_primary(
     cluster.rejoin()
     report = scenario(cluster)
     assert report.present == report.acknowledged >= 100
-    assert report.left == 0
+    assert report.stale == 0
     if scenario is silent:
         assert report.failed <= WORKERS
     else:
         assert report.failed  # proves that a failover took place
         # Each client may lose the request it has already sent, but no later one.
-        assert report.failed_again <= (CLIENTS if scenario.__name__ == "paused" else 0)
+        assert report.failed_later <= (CLIENTS if scenario.__name__ == "paused" else 0)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Peer (b): FastAPI, asyncpg and prometheus-fastapi-instrumentator.
 
-Run by uvicorn with 2 workers, uvloop and httptools, and without an access log.
+It runs under uvicorn with 2 workers, uvloop, httptools and no access log.
 """
 
 import contextlib

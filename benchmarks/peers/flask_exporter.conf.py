@@ -1,4 +1,4 @@
-"""gunicorn's side of prometheus-flask-exporter."""
+"""gunicorn's configuration for prometheus-flask-exporter."""
 
 from prometheus_flask_exporter.multiprocess import GunicornInternalPrometheusMetrics
 

@@ -1,6 +1,6 @@
-"""Peer (a): Flask, psycopg2's pool and prometheus-flask-exporter, as its manual has it.
+"""Peer (a): Flask, psycopg2's pool and prometheus-flask-exporter, as in its manual.
 
-Run by gunicorn with gthread, 2 workers of 8 threads, and flask_exporter.conf.py.
+It runs under gunicorn's gthread worker, 2 workers of 8 threads, with flask_exporter.conf.py.
 """
 
 import os
@@ -13,7 +13,7 @@ from psycopg2.pool import ThreadedConnectionPool
 
 app = Flask(__name__)
 metrics = GunicornInternalPrometheusMetrics(app)
-# Eight threads of a worker need eight connections: kept, since more than minconn are closed.
+# One connection per thread: the pool closes returned connections beyond minconn.
 pool = ThreadedConnectionPool(8, 12, os.environ["DATABASE_URL"])
 
 

@@ -1,5 +1,5 @@
 // Peer (d): the service of the metrics guide, in Go: net/http, database/sql with lib/pq,
-// client_golang, and a pool of 25 connections of which 5 are kept.
+// client_golang, and a pool of at most 25 connections that keeps 5 idle.
 package main
 
 import (
@@ -50,13 +50,13 @@ type user struct {
 	UpdatedAt time.Time `json:"updated_at"`
 }
 
-func answer(w http.ResponseWriter, status int, body any) {
+func respond(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	json.NewEncoder(w).Encode(body)
 }
 
-// signup answers one request; the cause of an error is empty for a 201.
+// signup handles one request; cause is empty for a 201.
 func signup(db *sql.DB, r *http.Request) (status int, cause, text string, created user) {
 	if r.Method != http.MethodPost {
 		return http.StatusMethodNotAllowed, "invalid_method", "method not allowed", created
@@ -106,10 +106,10 @@ func main() {
 		started := time.Now()
 		status, cause, text, created := signup(db, r)
 		if cause == "" {
-			answer(w, status, map[string]any{
+			respond(w, status, map[string]any{
 				"message": "user created successfully", "user": created})
 		} else {
-			answer(w, status, map[string]string{"error": text})
+			respond(w, status, map[string]string{"error": text})
 			failures.WithLabelValues(cause).Inc()
 		}
 		durations.WithLabelValues(strconv.Itoa(status)).Observe(time.Since(started).Seconds())

@@ -1,4 +1,4 @@
-"""The server alone: each request is read and answered, by no framework and without a database."""
+"""The server alone: a WSGI application without framework, validation, metrics or database."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

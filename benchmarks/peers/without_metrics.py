@@ -1,4 +1,4 @@
-"""Peer (c): this service with its metrics off, to show what they cost."""
+"""Peer (c): this service without its metrics, to measure their cost."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from signup import create_app, metrics
 
 
-class Nothing:
-    """A metric that counts nothing, and a set of such metrics."""
+class NullMetric:
+    """A metric that records nothing, or a set of such metrics."""
 
-    def __getattr__(self, name: str) -> "Nothing":
+    def __getattr__(self, name: str) -> "NullMetric":
         return self
 
-    def __getitem__(self, label: Any) -> "Nothing":
+    def __getitem__(self, label: Any) -> "NullMetric":
         return self
 
-    def __call__(self, *_: Any, **__: Any) -> "Nothing":
+    def __call__(self, *_: Any, **__: Any) -> "NullMetric":
         return self
 
     def time(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-setattr(metrics, "Metrics", Nothing())  # noqa: B010 (mypy)
+setattr(metrics, "Metrics", NullMetric())  # noqa: B010 (mypy)
 setattr(metrics, "init_app", lambda app, measured: None)  # noqa: B010
 app = create_app()

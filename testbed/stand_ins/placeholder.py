@@ -1,16 +1,16 @@
-"""Stands where an image would be that can't be pulled and that Debian has no program for."""
+"""A placeholder for an image that can't be pulled and whose program Debian lacks."""
 
 import os
 import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TEXT = f"# A placeholder: {os.environ['IMAGE']} can't be had here.\n".encode()
+TEXT = f"# A placeholder: {os.environ['IMAGE']} is not available here.\n".encode()
 PORT = 8080 if "cadvisor" in os.environ["IMAGE"] else 3000
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The same to every GET: an exposition without a metric."""
+    """Responds to every GET with an exposition without metrics."""
 
     def do_GET(self) -> None:
         self.send_response(200)

@@ -1,5 +1,5 @@
-# What the true image's entrypoint promises of its volume: data in a folder of its version, made if
-# it is missing, with a password for everybody but those on 127.0.0.1.
+# The original entrypoint's contract for its volume: data in a folder per major version, created if
+# missing, and a password for every client except those on 127.0.0.1.
 set -eu
 export PGDATA="/var/lib/postgresql/$(cat /major)/docker"
 if [ "$1" = postgres ] && [ "$(id -u)" = 0 ]; then
