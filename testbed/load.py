@@ -77,21 +77,24 @@ class Signups(Background):
 class Scraper(Background):
     """Scrapes over new connections: each must parse, and no counter may decrease.
 
-    `count` is the number of complete scrapes, `unanswered` of those whose worker was killed.
+    `count` is the number of complete scrapes, `unanswered` of those whose worker was killed, and
+    `failed` of those that got an error.
     """
 
     def __init__(self, service: Client, scrapers: int = 1) -> None:
         super().__init__(scrapers)
         self._service = service
         self._last: dict[int, Samples] = {}
-        self.count = 0
-        self.unanswered = 0
+        self.count = self.unanswered = self.failed = 0
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         try:
             samples = self._service.metrics(openmetrics=turn % 2 == 1)
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
             self.unanswered += 1
+            return
+        except requests.HTTPError:
+            self.failed += 1
             return
         for key, value in self._last.get(number, Samples()).items():
             if key[0].endswith(("_total", "_count", "_bucket", "_sum")):
