@@ -29,7 +29,7 @@ test: $(READY) ## Run every test
 
 test-quick: $(READY) ## Run the unit tests, the HTTP contract and one end-to-end test, while coding
 	$(PYTEST) -m "not needs" $(QUICK:%=tests/test_%.py) \
-		tests/test_end_to_end.py::test_guide_and_concurrent_traffic_counts_exactly
+		tests/test_end_to_end.py::test_example_and_concurrent_traffic_counts_exactly
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check

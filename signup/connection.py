@@ -56,8 +56,8 @@ def connect(config: Config, deadline: float) -> Connection:
             connection: Connection = psycopg2.connect(connection_factory=factory, **dsn | address)
         except psycopg2.Error as error:
             _failed[str(address)] = monotonic()
-            name = " ".join(filter(None, address.values())) + ": " if several else ""
-            causes.append(name + str(error).strip().partition("\n")[0])
+            name = " ".join(dict.fromkeys(filter(None, address.values()))) or "the default server"
+            causes.append(name + ": " + str(error).strip().partition("\n")[0])
         else:
             connection.deadline, connection.autocommit = deadline, True
             return connection

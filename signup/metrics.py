@@ -22,7 +22,7 @@ from . import slots
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
 ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method", "database", "internal")
 FIELDS = ("email", "first_name", "last_name")
-# Seconds. The guide uses the default buckets of the Go client; those of the Python client differ.
+# Seconds. These are the default buckets of the Go client; those of the Python client differ.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 

@@ -1,4 +1,4 @@
-"""The dashboards: Grafana's types, the guide's panels, and every query on real data."""
+"""The dashboards: Grafana's types, the required panels, and every query on real data."""
 
 import configparser
 import json
@@ -37,8 +37,8 @@ PANELS = {
     for name, dashboard in DASHBOARDS.items()
     for panel in dashboard["panels"]
 }
-# The guide's panels: type, and the thresholds at which the colour changes.
-GUIDE = {
+# The required panels: type, and the thresholds at which the colour changes.
+REQUIRED = {
     ("overview", "Signups/sec"): ("stat", []),
     ("overview", "Success Rate"): ("stat", [("red", None), ("yellow", 90), ("green", 95)]),
     ("overview", "p95 Latency"): ("stat", [("green", None), ("yellow", 0.5), ("red", 1)]),
@@ -149,8 +149,8 @@ def test_dashboards_share_tag_link_variables_and_annotation() -> None:
         assert "process_start_time_seconds" in restarts["expr"]
 
 
-def test_guide_panels_have_their_types_and_thresholds() -> None:
-    for key, (kind, steps) in GUIDE.items():
+def test_required_panels_have_their_types_and_thresholds() -> None:
+    for key, (kind, steps) in REQUIRED.items():
         panel = PANELS[key]
         assert panel["type"] == kind, key
         if steps:

@@ -220,7 +220,7 @@ def test_database_with_another_encoding_than_utf8_is_refused(postgres: Postgres)
 
 def test_start_with_unreachable_database_fails_with_one_line() -> None:
     done = refused_start(DATABASE_URL="postgresql://signup:s3cret@127.0.0.1:1/signup")
-    line = "the database can't be used: OperationalError: Connection refused"
+    line = "the database can't be used: OperationalError: 127.0.0.1 1: Connection refused"
     assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == [line]
     assert "s3cret" not in done.stdout + done.stderr
 

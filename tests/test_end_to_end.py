@@ -23,15 +23,15 @@ from testbed.programs import is_alive
 from testbed.service import Service, project_copy, user
 
 
-def guide_traffic() -> list[dict[str, str]]:
-    """Return the signups of the guide's section "Testing Your Metrics", the duplicate twice."""
+def example_traffic() -> list[dict[str, str]]:
+    """Return one signup of each kind, the duplicate twice."""
     john = {"first_name": "John", "last_name": "Doe"}
     jane = {"email": "duplicate@example.com", "first_name": "Jane", "last_name": "Doe"}
     return [{"email": "test@example.com", **john}, {"email": "invalid", **john}, jane, jane]
 
 
-def test_guide_and_concurrent_traffic_counts_exactly(service: Service, database_url: str) -> None:
-    statuses = [service.signup(json=body).status_code for body in guide_traffic()]
+def test_example_and_concurrent_traffic_counts_exactly(service: Service, database_url: str) -> None:
+    statuses = [service.signup(json=body).status_code for body in example_traffic()]
     assert statuses == [201, 400, 201, 409]
 
     clients = 20

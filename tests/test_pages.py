@@ -16,7 +16,7 @@ from testbed import ROOT
 RULES = ROOT / "prometheus/rules"
 SCRAPES = 24 * 60 * 4  # per day
 Row = tuple[int, int]  # signups per day, bad signups in percent
-# Signups per day, bad signups in percent, pages per day, and with the guide's thresholds alone.
+# Signups per day, bad signups in percent, pages per day, and pages without the minimum of ten.
 TABLE = re.findall(
     r"^\| ([\d,]+) \| (\d+) % \| (\d+) \| (\d+) \|$",
     (ROOT / "docs/runbook.md").read_text(),
@@ -109,13 +109,13 @@ def pages(folder: Path, minimum: int | None = None) -> dict[Row, int]:
 def test_pages_per_day_match_the_runbook(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as executor:
         real = executor.submit(pages, tmp_path / "real")
-        alone = executor.submit(pages, tmp_path / "alone", 0)  # the guide's thresholds
+        alone = executor.submit(pages, tmp_path / "alone", 0)  # without that minimum
     expected = {row: count for row, (count, _) in EXPECTED.items()}
     assert real.result() == expected
     # Prometheus versions differ in where a range starts, so these counts differ slightly.
     assert alone.result() == pytest.approx(
         {row: count for row, (_, count) in EXPECTED.items()}, rel=0.4, abs=1
     )
-    # A success rate above 95 %, the guide's green range, never pages.
+    # A success rate above 95 %, the green range of the dashboards, never pages.
     assert {real.result()[row] for row in EXPECTED if row[1] < 5} == {0}
     assert {*EXPECTED} >= {(n, share) for n in (100, 1_000, 10_000) for share in (3, 5, 10)}
