@@ -17,7 +17,7 @@ from testbed.database import Postgres, execute
 from testbed.load import scrape_time
 from testbed.service import Service
 
-from .bench import cpu, settled_rows
+from .bench import cpu, machine, settled_rows
 from .wrk import Run, spread, wrk
 
 ROUNDS = 5
@@ -116,10 +116,9 @@ def measure(postgres: Postgres, rounds: int, seconds: int, rows: tuple[int, ...]
 
 
 def main() -> None:
-    cores = len(os.sched_getaffinity(0))
     with Postgres() as postgres:
         cases = measure(postgres, ROUNDS, SECONDS, ROWS)
-    print(f"{cores} cores, median of {ROUNDS} x {SECONDS} s (minimum to maximum)")
+    print(f"{machine()}\nmedian of {ROUNDS} x {SECONDS} s (minimum to maximum)")
     for case in cases:
         print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
         print("  signups/s        ", spread([run.rate for run in case.runs], "{:.0f}".format))

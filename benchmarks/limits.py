@@ -19,7 +19,17 @@ from signup.database import create_schema
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users
 
-from .bench import CONTENDERS, MEGABYTE, OURS, children, cpu, private_memory, running, settled_rows
+from .bench import (
+    CONTENDERS,
+    MEGABYTE,
+    OURS,
+    children,
+    cpu,
+    machine,
+    private_memory,
+    running,
+    settled_rows,
+)
 from .wrk import Run, spread, wrk
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
@@ -173,6 +183,7 @@ def defaults(postgres: Postgres) -> None:
 
 if __name__ == "__main__":
     parts = {part.__name__: part for part in (curve, layers, scrapes, memory, defaults)}
+    print(machine())
     with Postgres() as server:
         for name in sys.argv[1:] or parts:
             parts[name](server)
