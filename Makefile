@@ -103,14 +103,14 @@ previews: $(READY) ## Render the dashboard previews from three minutes of real d
 	$(BIN)/python -m drills.previews
 
 kubernetes-rules: ## Generate the Kubernetes PrometheusRule from prometheus/rules
-	@{ printf '%s\n' '# Made of prometheus/rules by `make kubernetes-rules`.' \
+	@{ printf '%s\n' '# Generated from prometheus/rules by `make kubernetes-rules`.' \
 		'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
 		'metadata:' '  name: signup-server' 'spec:' '  groups:'; \
 		cd prometheus/rules; sed -e '/^#/d' -e '/^groups:/d' -e '/./s/^/  /' alerts.yml recording.yml slo.yml; \
 	} > deploy/kubernetes/prometheus-rule.yaml
 
 hashed-requirements: $(READY) ## Generate deploy/requirements-hashed.txt, for the image
-	@{ echo '# Made of requirements.txt by `make hashed-requirements`, for the image.'; \
+	@{ echo '# Generated from requirements.txt by `make hashed-requirements`, for the image.'; \
 		$(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header --python-version 3.14 \
 			requirements.txt; } > deploy/requirements-hashed.txt
 
@@ -126,7 +126,8 @@ compose-up: ## Start the service and its monitoring in containers
 
 # nginx queries DNS every second; the sleep lets it find the new replicas.
 compose-update: ## Roll out a new image or settings: start new replicas, then stop the old ones
-	@set -ex; old=$$(docker compose ps --quiet server); n=$$(echo "$$old" | wc -l); \
+	@set -e; old=$$(docker compose ps --quiet server); n=$$(echo "$$old" | wc -l); \
+	[ "$$old" ] || { echo "no replica is running: make compose-up" >&2; exit 1; }; set -x; \
 	docker compose up --detach --wait --no-deps --no-recreate --scale server=$$((2 * n)) server; \
 	sleep 3; docker stop $$old; docker rm $$old; \
 	docker compose up --detach --no-deps --no-recreate --scale server=$$n server
