@@ -255,7 +255,7 @@ def test_single_value_panels_match_the_traffic_sent(watched: Watched) -> None:
         "Replicas Up": 1,
         "Workers": 4,
         "Progress to the Signup Goal": TODAY / 10,
-        "Pool Time-outs (1 h)": 0,
+        "Pool Timeouts (1 h)": 0,
         "Worker Starts (10 min)": 0,
     }
     values = {
