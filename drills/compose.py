@@ -280,7 +280,8 @@ def watched(stack: Stack) -> None:
             found = [r for g in stack.ask_prometheus("/rules")["groups"] for r in g["rules"]]
             return found if all(rule["health"] == "ok" for rule in found) else None
 
-        loaded = len(wait_until(rules, timeout=60))
+        # A group is first evaluated within its interval, which is two minutes for one of them.
+        loaded = len(wait_until(rules, timeout=180))
         files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
         assert loaded == sum(len(group["rules"]) for file in files for group in file["groups"])
         seen.append(f"{len(targets)} targets of {len(jobs)} jobs up, {loaded} rules without errors")
