@@ -148,9 +148,15 @@ def is_serving(address: str) -> bool:
     return False
 
 
-def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int) -> Result:
+def new_table(postgres: Postgres) -> str:
+    """Return the URL of a new database with an empty table `users`."""
     url = postgres.new_database()
     create_schema(Config.from_env({"DATABASE_URL": url}))
+    return url
+
+
+def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int) -> Result:
+    url = new_table(postgres)
     with running(contender, url) as (address, pid):
         warm = wrk(address, clients, 2)
         rows, before = settled_rows(url), cpu(pid)
@@ -179,8 +185,7 @@ def settled_rows(url: str) -> int:
 
 def pgbench(postgres: Postgres, seconds: int) -> float:
     """Return how many of the same INSERTs pgbench makes per second with 25 clients."""
-    url = postgres.new_database()
-    create_schema(Config.from_env({"DATABASE_URL": url}))
+    url = new_table(postgres)
     parts = urlsplit(url)
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
         script.write(

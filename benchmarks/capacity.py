@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from signup.config import Config
-from signup.database import create_schema
 from testbed import wait_until
 from testbed.database import Postgres, execute
 from testbed.load import scrape_time
 from testbed.service import Service
 
-from .bench import cpu, machine, settled_rows
+from .bench import cpu, machine, new_table, settled_rows
 from .wrk import Run, spread, wrk
 
 ROUNDS = 5
@@ -103,8 +101,7 @@ def measure(postgres: Postgres, rounds: int, seconds: int, rows: tuple[int, ...]
         Case("service on one core", postgres.new_database(), pin=on_one_core),
     ]
     for number in rows:
-        url = postgres.new_database()
-        create_schema(Config.from_env({"DATABASE_URL": url}))
+        url = new_table(postgres)
         execute(url, FILL.format(number))
         execute(url, "VACUUM ANALYZE users")
         cases.append(Case(f"{number:,} rows", url, clients=1))

@@ -14,8 +14,6 @@ from statistics import median
 import matplotlib.pyplot as plt
 import requests
 
-from signup.config import Config
-from signup.database import create_schema
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users
 
@@ -26,6 +24,7 @@ from .bench import (
     children,
     cpu,
     machine,
+    new_table,
     private_memory,
     running,
     settled_rows,
@@ -40,18 +39,12 @@ PEERS = tuple(contender for contender in CONTENDERS if "without" not in contende
 SERVICE = CONTENDERS[0]
 
 
-def database(postgres: Postgres) -> str:
-    url = postgres.new_database()
-    create_schema(Config.from_env({"DATABASE_URL": url}))
-    return url
-
-
 def curve(postgres: Postgres) -> None:
     """Throughput and p99 by number of clients; this service must respond with 201 only."""
     runs: dict[str, dict[int, list[Run]]] = {peer.name: {} for peer in PEERS}
     for _ in range(ROUNDS):
         for peer in PEERS:
-            with running(peer, database(postgres)) as (address, _):
+            with running(peer, new_table(postgres)) as (address, _):
                 wrk(address, 32, 2)
                 for clients in CLIENTS:
                     run = wrk(address, clients, SECONDS)
@@ -84,7 +77,7 @@ def layers(postgres: Postgres) -> None:
     for _ in range(ROUNDS):
         used: list[float] = []
         for contender in (alone, without, SERVICE):
-            with running(contender, database(postgres)) as (address, pid):
+            with running(contender, new_table(postgres)) as (address, pid):
                 wrk(address, 32, 2)
                 before = cpu(pid), cpu(postgres.pids()[0])
                 run = wrk(address, 32, SECONDS)
@@ -131,14 +124,14 @@ def scrapes(postgres: Postgres) -> None:
     costs, with_scrapes, without = [], [], []
     four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
     for _ in range(ROUNDS):
-        with running(four, database(postgres)) as (address, pid):
+        with running(four, new_table(postgres)) as (address, pid):
             wait_until(lambda: len(children(pid)) == 4)
             wrk(address, 32, 2)
             before = cpu(pid)
             for _ in range(200):
                 requests.get(f"{address}/metrics", timeout=10).raise_for_status()
             costs.append((cpu(pid) - before) / 200)
-        with running(SERVICE, database(postgres)) as (address, _):
+        with running(SERVICE, new_table(postgres)) as (address, _):
             wrk(address, 32, 2)
             without.append(wrk(address, 32, 5).p99)
             with scraped(address):
@@ -151,7 +144,7 @@ def scrapes(postgres: Postgres) -> None:
 
 def memory(postgres: Postgres) -> None:
     """Private memory per worker over SIGNUPS signups."""
-    url = database(postgres)
+    url = new_table(postgres)
     with running(SERVICE, url) as (address, pid):
         rows = 0
         for part in range(5):
@@ -169,7 +162,7 @@ def defaults(postgres: Postgres) -> None:
     for _ in range(ROUNDS):
         for workers in (1, 2, 3, 4):
             env = (("WEB_CONCURRENCY", str(workers)),)
-            with running(replace(SERVICE, env=env), database(postgres)) as (address, _):
+            with running(replace(SERVICE, env=env), new_table(postgres)) as (address, _):
                 wrk(address, 32, 2)
                 for clients in (32, 200):
                     run = wrk(address, clients, SECONDS)

@@ -80,10 +80,10 @@ class Stack(Client):
         found = json.loads(run("docker", "inspect", *self.containers("", "--all", *options)))
         return {each["Name"].removeprefix("/signup-check-"): each for each in found}
 
-    def addresses(self, network: str = "front") -> list[str]:
-        """Return the addresses of the running replicas."""
+    def addresses(self) -> list[str]:
+        """Return the addresses of the running replicas on the network `front`."""
         return [
-            each["NetworkSettings"]["Networks"][f"signup-check_{network}"]["IPAddress"]
+            each["NetworkSettings"]["Networks"]["signup-check_front"]["IPAddress"]
             for name, each in self.inspect().items()
             if name.startswith("server-") and each["State"]["Running"]
         ]

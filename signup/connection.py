@@ -47,8 +47,8 @@ def connect(config: Config, deadline: float) -> Connection:
     dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
     causes: list[str] = []
     addresses = sorted(_addresses(dsn, causes), key=lambda address: _failed.get(str(address), 0))
-    several = len(addresses) > 1
-    limit = float(dsn.get("connect_timeout", several)) or inf  # seconds; 1 for several addresses
+    # Seconds; 1 for several addresses.
+    limit = float(dsn.get("connect_timeout", len(addresses) > 1)) or inf
     for place, address in enumerate(addresses):
         part = min((deadline - monotonic()) / (len(addresses) - place), limit)
         factory = partial(Connection, deadline=monotonic() + part)

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from drills.compose import PORTS
 from signup.config import Config
 from signup.database import GRACE
 from testbed import ROOT
@@ -27,16 +28,6 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 NGINX = (ROOT / "nginx/nginx.conf").read_text() + (ROOT / "nginx/replicas.conf").read_text()
 GUNICORN = (ROOT / "gunicorn.conf.py").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-PORTS = {
-    "server": 3000,
-    "prometheus": 9090,
-    "alertmanager": 9093,
-    "grafana": 3000,
-    "cadvisor": 8080,
-    "blackbox-exporter": 9115,
-    "proxy": 8080,
-    "db": 5432,
-}
 
 
 def graceful_timeout() -> float:
