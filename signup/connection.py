@@ -42,7 +42,7 @@ def connect(config: Config, deadline: float) -> Connection:
     """
     dsn = DEFAULTS | extensions.parse_dsn(config.database_url)
     timeout = round(config.database_statement_timeout * 1000)  # milliseconds
-    options = f"-c timezone=UTC -c statement_timeout={timeout} {dsn.get('options', '')}"
+    options = f"-c statement_timeout={timeout} {dsn.get('options', '')}"
     # PgBouncer 1.20 and newer reject options that end in a space.
     dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
     causes: list[str] = []

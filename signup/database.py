@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import closing
+from datetime import UTC
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -52,7 +53,7 @@ class Database:
                 cursor.execute(INSERT, values)
             if not (row := cursor.fetchone()):
                 return None
-        created = f"{row[1]:%Y-%m-%dT%H:%M:%S.%fZ}"  # the session's time zone is UTC
+        created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # a role has its own time zone
         return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:

@@ -45,6 +45,8 @@ class Postgres:
         """
         name = f"test_{time.monotonic_ns()}"
         execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
+        # The service's times are in UTC, whatever the time zone of its sessions.
+        execute(self.url, f"ALTER ROLE {name} SET timezone = 'Asia/Kolkata'")
         provider, _, other = locale.rpartition(" ")
         options = f"LOCALE_PROVIDER {provider} {provider}_LOCALE '{other}'" if provider else ""
         if encoding != "UTF8":

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,7 +61,10 @@ def test_statement_timeout_of_the_role_is_enforced(pgbouncer: PgBouncer, direct:
         assert count_users(direct) == 0
         answer = service.signup(json=USER)
         assert answer.status_code == 201
-        assert answer.json()["user"]["created_at"].endswith("Z")
+        created = answer.json()["user"]["created_at"]
+        assert created.endswith("Z")
+        ((stored,),) = execute(direct, "SELECT created_at FROM users")
+        assert datetime.fromisoformat(created) == stored
 
 
 def test_statements_waiting_for_pgbouncer_count_exactly(pgbouncer: PgBouncer, direct: str) -> None:
