@@ -31,7 +31,7 @@ from testbed.service import GUNICORN
 from .wrk import spread, wrk
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
-SECONDS = int(os.environ.get("SECONDS", "5"))  # per measurement
+SECONDS = int(os.environ.get("SECONDS", "10"))  # per measurement
 CLIENTS = 32
 PEERS = ROOT / "benchmarks/peers"
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
