@@ -1,7 +1,8 @@
 """`make bench`: this service and its peers, on one machine and one PostgreSQL server.
 
 Each round runs all contenders in turn, each on a new database, so that other load on the machine
-affects all of them. Ratios are taken within a round. Each 201 must have a row.
+affects all of them. Ratios are taken within a round. Each 201 must have a row. At its end, a round
+runs all of them at once: the machine's speed, which varies, is then the same for all.
 """
 
 import contextlib
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -59,6 +61,7 @@ class Result:
     p99: float
     cpu: float  # per signup, of all processes of the service
     memory: float  # private bytes per worker
+    cpu_at_once: float = 0  # per signup, while all contenders run
 
 
 GTHREAD = (str(PEERS_PYTHON), "-m", "gunicorn", "--bind=127.0.0.1:{port}")
@@ -170,6 +173,28 @@ def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int
     return Result(run.rate, run.p50, run.p99, used / stored, sum(workers) / len(workers))
 
 
+def measure_at_once(postgres: Postgres, clients: int, seconds: int) -> list[float]:
+    """Return the CPU seconds per signup of each contender, with `clients` for each of them."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as executor:
+        urls = [new_table(postgres) for _ in CONTENDERS]
+        started = [
+            stack.enter_context(running(contender, url))
+            for contender, url in zip(CONTENDERS, urls, strict=True)
+        ]
+
+        def load(seconds: int) -> None:
+            loads = [executor.submit(wrk, address, clients, seconds) for address, _ in started]
+            assert not any(run.result().refused + run.result().unanswered for run in loads)
+
+        load(2)
+        rows, before = [settled_rows(url) for url in urls], [cpu(pid) for _, pid in started]
+        load(seconds)
+        return [
+            (cpu(pid) - used) / (settled_rows(url) - count)
+            for (_, pid), used, url, count in zip(started, before, urls, rows, strict=True)
+        ]
+
+
 def settled_rows(url: str) -> int:
     """Return the number of rows once it has stopped growing."""
     rows = -1
@@ -225,6 +250,9 @@ def main() -> None:
             for contender in CONTENDERS:
                 execute(postgres.url, "CHECKPOINT")
                 results[contender.name].append(measure(contender, postgres, CLIENTS, SECONDS))
+            at_once = measure_at_once(postgres, CLIENTS // len(CONTENDERS), SECONDS)
+            for rounds, seconds in zip(results.values(), at_once, strict=True):
+                rounds[-1] = replace(rounds[-1], cpu_at_once=seconds)
             ceiling.append(pgbench(postgres, SECONDS))
     report(results, ceiling)
 
@@ -258,6 +286,7 @@ def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
         ("p50 ms", lambda r: r.p50 * 1000, "{:.1f}".format),
         ("p99 ms", lambda r: r.p99 * 1000, "{:.1f}".format),
         ("CPU ms", lambda r: r.cpu * 1000, "{:.2f}".format),
+        ("  all at once", lambda r: r.cpu_at_once * 1000, "{:.2f}".format),
         ("MB per worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
     )
     print(machine())
