@@ -182,8 +182,8 @@ def measure_at_once(postgres: Postgres, clients: int, seconds: int) -> list[floa
             for contender, url in zip(CONTENDERS, urls, strict=True)
         ]
 
-        def load(seconds: int) -> None:
-            loads = [executor.submit(wrk, address, clients, seconds) for address, _ in started]
+        def load(duration: int) -> None:
+            loads = [executor.submit(wrk, address, clients, duration) for address, _ in started]
             assert not any(run.result().refused + run.result().unanswered for run in loads)
 
         load(2)

@@ -53,7 +53,7 @@ class Database:
                 cursor.execute(INSERT, values)
             if not (row := cursor.fetchone()):
                 return None
-        created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # a role has its own time zone
+        created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # roles may set a time zone
         return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:
