@@ -161,9 +161,12 @@ class Service(Client):
             self._command = [sys.executable, "-m", "testbed.postgres", *self._command]
         self._project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
+        self._outputs = contextlib.ExitStack()  # one per start: a killed service may start again
 
     def __enter__(self) -> Self:
-        self._output = tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
+        self._output = self._outputs.enter_context(
+            tempfile.NamedTemporaryFile("w+", prefix="signup-test-", suffix=".log")
+        )
         self.process = subprocess.Popen(
             self._command,
             cwd=self._project,
@@ -185,7 +188,7 @@ class Service(Client):
             self.stop(signal.SIGINT)  # TERM takes a second longer
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self._output.close()
+        self._outputs.close()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal to the master and return its exit status."""
