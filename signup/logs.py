@@ -50,10 +50,11 @@ def init_app(app: Flask) -> None:
         environ, status = request.environ, response.status_code
         name = environ.get("HTTP_X_REQUEST_ID", "")
         name = name if SANE_ID.fullmatch(name) else f"{getrandbits(128):032x}"
-        path = "other" if status == 404 else request.path
+        path = "other" if status == 404 else environ["PATH_INFO"]
         response.headers.add("X-Request-ID", name)
         # For the access log. An unknown method could contain personal data.
-        method = request.method if request.method in HTTPMethod.__members__ else "other"
+        method = environ["REQUEST_METHOD"]
+        method = method if method in HTTPMethod.__members__ else "other"
         environ |= {"signup.request_id": name, "signup.path": path, "signup.method": method}
         if status >= 500:
             what = {"request_id": name, "path": path, "status": status}

@@ -43,7 +43,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     # Flask would answer OPTIONS; the contract requires 405.
     @app.post("/signup", provide_automatic_options=False)
     def signup() -> Response:
-        user = database.insert_user(parse_signup(_body(max_body_bytes)))
+        user = database.insert_user(parse_signup(_body(request.environ, max_body_bytes)))
         if not user:
             raise exceptions.Conflict
         return _json({"message": "user created successfully", "user": user}, 201)
@@ -89,13 +89,13 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         app.register_error_handler(kind, partial(failed, *answer))
 
 
-def _body(limit: int) -> bytes:
+def _body(environ: dict[str, Any], limit: int) -> bytes:
     # Bypass werkzeug, which silently truncates a long body and accepts an incomplete one.
-    length = int(request.environ.get("CONTENT_LENGTH") or 0)  # absent from a chunked request
+    length = int(environ.get("CONTENT_LENGTH") or 0)  # absent from a chunked request
     if length > limit:
         raise exceptions.RequestEntityTooLarge
     try:
-        body: bytes = request.environ["wsgi.input"].read(length or limit + 1)
+        body: bytes = environ["wsgi.input"].read(length or limit + 1)
     except (OSError, ParseException) as error:  # malformed chunks
         raise InvalidBody from error
     if len(body) > limit:
