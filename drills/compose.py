@@ -117,10 +117,12 @@ class Stack(Client):
         answer = compose("exec", "-T", "alertmanager", *ask.split())
         return {alert["labels"]["alertname"] for alert in json.loads(answer)}
 
-    def users(self) -> int:
-        query = "SELECT count(*) FROM users"
+    def query(self, sql: str) -> str:
         psql = ["psql", "--username=postgres", "--dbname=signup", "--tuples-only"]
-        return int(compose("exec", "-T", "db", *psql, f"--command={query}"))
+        return compose("exec", "-T", "db", *psql, f"--command={sql}")
+
+    def users(self) -> int:
+        return int(self.query("SELECT count(*) FROM users"))
 
     def counted_signups(self) -> float:
         """Return the number of signups that all replicas have counted."""
@@ -355,6 +357,11 @@ def database(stack: Stack) -> None:
         assert stack.users() == users
         assert stack.counted_signups() == 0
         seen.append(f"{users} users as before, counters at 0")
+    with row("an INSERT that PostgreSQL refuses"):  # `end` looks for its row in the log
+        stack.query(f"ALTER TABLE users ADD CONSTRAINT r CHECK (last_name <> '{NAME}') NOT VALID")
+        body = {"email": "refused@example.com", "first_name": "Ada", "last_name": NAME}
+        assert stack.signup(json=body).status_code == 500
+        stack.query("ALTER TABLE users DROP CONSTRAINT r")
 
 
 def burst(stack: Stack) -> None:
@@ -387,13 +394,16 @@ def end(stack: Stack) -> None:
         for name, each in stack.inspect().items():
             assert each["State"]["ExitCode"] == 0, (name, each["State"])
         seen.append("every container exited in time, with status 0")
-    with row("every log line of the service and the proxy") as seen:
-        lines = compose("logs", "--no-log-prefix", "--no-color", "server", "proxy").splitlines()
+    with row("every log line of the service, the proxy and PostgreSQL") as seen:
+        logs = ["logs", "--no-log-prefix", "--no-color"]
+        lines = compose(*logs, "server", "proxy").splitlines()
         lines = [line for line in lines if not line.startswith("signup service on ")]
-        for line in lines:
-            assert isinstance(json.loads(line), dict)
+        assert all(isinstance(json.loads(line), dict) for line in lines)
+        plain = compose(*logs, "db").splitlines()
+        assert any("violates check constraint" in line for line in plain)
+        for line in (*lines, *plain):
             assert not re.search(rf"@|example\.com|{NAME}|\bAda\b|172\.31\.253\.1\b", line), line
-        seen.append(f"{len(lines)} lines of JSON, no personal data")
+        seen.append(f"{len(lines)} lines of JSON, {len(plain)} others, no personal data")
 
 
 def check(own_engine: bool) -> None:

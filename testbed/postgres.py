@@ -136,7 +136,9 @@ class EmbeddedPostgres:
         account = self.account()
         if account:
             os.chown(folder, account["user"], account["group"])
-        options = f"-c listen_addresses= -c unix_socket_directories={folder}"
+        # The log would quote emails and names: failed statements, and the rows in DETAIL lines.
+        private = "-c log_min_error_statement=panic -c log_error_verbosity=terse"
+        options = f"-c listen_addresses= -c unix_socket_directories={folder} {private}"
         self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-o", options, "-w", "start")
 
     def _socket_folder(self) -> Path:

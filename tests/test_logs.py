@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from testbed import wait_until
-from testbed.database import broken_table
+from testbed.database import Postgres, broken_table, execute
 from testbed.programs import is_alive
 from testbed.service import Service, project_copy
 
@@ -144,3 +144,15 @@ def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
         log = service.log()[start:]
         assert 'column \\"last_name\\"' in log
         assert not [line for line in log.splitlines() if any(word in line for word in PERSONAL)]
+
+
+def test_postgresql_does_not_log_the_rows_of_failed_inserts(postgres: Postgres, url: str) -> None:
+    start = len((postgres.server.data / "log").read_text())
+    with Service(DATABASE_URL=url) as service:
+        for rule in ("CHECK (last_name <> 'Quux')", "COLUMN required text NOT NULL"):
+            execute(url, f"ALTER TABLE users ADD {rule}")
+            assert service.signup(json=PERSON).status_code == 500
+    log = (postgres.server.data / "log").read_text()[start:]
+    assert "violates check constraint" in log
+    assert "violates not-null constraint" in log
+    assert not [line for line in log.splitlines() if any(word in line for word in PERSONAL)]
