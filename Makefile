@@ -10,7 +10,7 @@ HOST := http://localhost:3000
 MOUNTED := deploy grafana nginx prometheus
 REPORT = load-test-$(LOAD).html
 
-.PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews kubernetes-rules clean \
+.PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill migrate migrate-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews kubernetes-rules clean \
 	hashed-requirements compose-check compose-up compose-update compose-down compose-build compose-logs
 
 help: ## List the targets
@@ -21,6 +21,9 @@ help: ## List the targets
 
 run: $(READY) ## Serve on http://localhost:3000, with an embedded PostgreSQL
 	@exec $(BIN)/python -m testbed.postgres $(BIN)/python $(BIN)/gunicorn app:app
+
+migrate: $(READY) ## Migrate an older table in DATABASE_URL, while its service runs; ARGS=--finish afterwards
+	@exec $(BIN)/python -m testbed.postgres $(BIN)/python -m signup.migrate $(ARGS)
 
 ##@ Tests
 
@@ -58,6 +61,9 @@ fault-drill: $(READY) ## Cause every database fault under load, and kill Postgre
 
 failover-drill: $(READY) ## Fail over from the primary to its standby under load, in four ways
 	$(BIN)/python -m drills.failover
+
+migrate-drill: $(READY) ## Migrate a million rows under load, killed three times
+	$(BIN)/python -m drills.migrate
 
 alert-drill: $(READY) ## Cause every alert that can be caused, until it fires and resolves in Alertmanager
 	$(BIN)/python -m drills.alerts

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gunicorn.errors import HaltServer
+from prometheus_client import Counter
 from prometheus_client.multiprocess import mark_process_dead
 
 chdir = str(Path(__file__).resolve().parent)
 sys.path.insert(0, chdir)
-from signup import database, logs, metrics, slots  # noqa: E402
+from signup import database, logs, slots  # noqa: E402
 from signup.config import Config  # noqa: E402
 
 # Each worker imports the service from disk again, so that --reload and HUP run new code.
@@ -27,8 +27,7 @@ bind = f"0.0.0.0:{settings.port}"
 workers = max(2, len(os.sched_getaffinity(0)))
 workers = settings.web_concurrency or min(workers, settings.database_max_connections)
 worker_class = "gevent"  # one greenlet per connection; gthread and sync count exactly as well
-# Seconds. Longer than nginx's 5, or gunicorn could close a connection as a request arrives.
-keepalive = 10
+keepalive = 10  # seconds; nginx's 5 is less, or a request could meet a connection that is closing
 # Seconds. No request takes longer.
 graceful_timeout = int(settings.database_pool_timeout + settings.database_statement_timeout) + 3
 # For the workers' heartbeats. On a disk, a slow write would make a worker look hung.
@@ -47,11 +46,12 @@ access_log_format = (
 def on_starting(server: Any) -> None:
     """In the master, before the first fork: check settings, create schema and metrics folder."""
     server.config = Config.from_env(os.environ | server.cfg.env, workers=server.cfg.workers)
-    for number in (signal.SIGINT, signal.SIGTERM):  # until gunicorn installs its own handlers
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    database.create_schema(server.config)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, until gunicorn handles it
+    if os.geteuid() == 0 != server.cfg.uid:  # --user: try with the files that workers can read
+        os.environ.pop("HOME", None)  # libpq then takes the home of the effective user
+        os.seteuid(server.cfg.uid)
+    database.prepare_table(server.config)
+    os.seteuid(os.getuid())
     try:
         server.folder = slots.make_folder(server.config.prometheus_multiproc_dir or worker_tmp_dir)
     except OSError as error:
@@ -71,7 +71,8 @@ def pre_fork(server: Any, worker: Any) -> None:
     worker.slot = slots.Slot.choose(taken, budget, server.cfg.workers, server.folder)
     try:
         if worker.slot.prepare(server.cfg.uid, server.cfg.gid):
-            server.starts = metrics.master_metrics(server.folder)
+            slots.write_as(slots.MASTER, server.folder)
+            server.starts = Counter("signup_worker_starts_total", "Workers started", registry=None)
             if taken:  # the folder was deleted: replace workers that write to unlinked files
                 os.kill(os.getpid(), signal.SIGHUP)
     except OSError as error:  # this worker and every replacement would fail
@@ -91,11 +92,6 @@ def post_fork(server: Any, worker: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """In the loaded worker: cache settings, which gunicorn computes some 30 times per request."""
     vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
-
-
-def worker_exit(server: Any, worker: Any) -> None:
-    """In the exiting worker: ignore SIGQUIT, whose handler would now print a traceback."""
-    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
 def child_exit(server: Any, worker: Any) -> None:

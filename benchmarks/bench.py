@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import requests
 
 from signup.config import Config
-from signup.database import create_schema
+from signup.database import prepare_table
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users, execute
 from testbed.programs import free_port
@@ -64,18 +63,11 @@ class Result:
     cpu_at_once: float = 0  # per signup, while all contenders run
 
 
+OWN = (*GUNICORN, "--bind=127.0.0.1:{port}")
 GTHREAD = (str(PEERS_PYTHON), "-m", "gunicorn", "--bind=127.0.0.1:{port}")
 CONTENDERS = (
-    Contender(
-        OURS,
-        (*GUNICORN, "--bind=127.0.0.1:{port}", "app:app"),
-        ROOT,
-    ),
-    Contender(
-        "this service without metrics",
-        (*GUNICORN, "--bind=127.0.0.1:{port}", "benchmarks.peers.without_metrics:app"),
-        ROOT,
-    ),
+    Contender(OURS, (*OWN, "app:app"), ROOT),
+    Contender("this service without metrics", (*OWN, "benchmarks.peers.without_metrics:app"), ROOT),
     Contender(
         "Flask, flask-exporter",
         (*GTHREAD, "--config=flask_exporter.conf.py", "flask_exporter:app"),
@@ -96,19 +88,16 @@ CONTENDERS = (
 
 def children(pid: int) -> list[int]:
     """Return the live children of `pid`."""
-    pids: list[int] = []
-    with contextlib.suppress(FileNotFoundError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
-    return pids
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def cpu(pid: int) -> float:
     """Return the CPU seconds of `pid` and its children, including reaped ones."""
-    seconds: float = sum(psutil.Process(pid).cpu_times()[:4])
-    for child in children(pid):
+    process = psutil.Process(pid)
+    seconds: float = sum(process.cpu_times()[:4])
+    for child in process.children():
         with contextlib.suppress(psutil.NoSuchProcess):  # it has exited
-            seconds += sum(psutil.Process(child).cpu_times()[:2])
+            seconds += sum(child.cpu_times()[:2])
     return seconds
 
 
@@ -154,7 +143,7 @@ def is_serving(address: str) -> bool:
 def new_table(postgres: Postgres) -> str:
     """Return the URL of a new database with an empty table `users`."""
     url = postgres.new_database()
-    create_schema(Config.from_env({"DATABASE_URL": url}))
+    prepare_table(Config.from_env({"DATABASE_URL": url}))
     return url
 
 
@@ -210,35 +199,17 @@ def settled_rows(url: str) -> int:
 
 def pgbench(postgres: Postgres, seconds: int) -> float:
     """Return how many of the same INSERTs pgbench makes per second with 25 clients."""
-    url = new_table(postgres)
-    parts = urlsplit(url)
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        script.write(
-            "\\set a random(1, 1000000000)\n\\set b random(1, 1000000000)\n"
-            "INSERT INTO users (email, email_folded, first_name, last_name)"
-            " VALUES (:a || '-' || :b || '@example.com', :a || '-' || :b || '@example.com',"
-            " 'John', 'Doe') ON CONFLICT DO NOTHING RETURNING id;\n"
-        )
-        script.flush()
-        done = subprocess.run(
-            [
-                *(wheel_program("pgbench"), "--no-vacuum", "--client=25", "--jobs=2"),
-                *(f"--time={seconds}", f"--file={script.name}"),
-                f"--host={parse_qs(parts.query)['host'][0]}",
-                *(f"--username={parts.username}", parts.path[1:]),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    (rate,) = re.findall(r"^tps = ([\d.]+)", done.stdout, re.M)
+    script = postgres.server.home / "pgbench.sql"
+    script.write_text(
+        "\\set a random(1, 1000000000)\n\\set b random(1, 1000000000)\n"
+        "INSERT INTO users (email, email_folded, first_name, last_name)"
+        " VALUES (:a || '-' || :b || '@example.com', :a || '-' || :b || '@example.com',"
+        " 'John', 'Doe') ON CONFLICT DO NOTHING RETURNING id;\n"
+    )
+    options = ("--no-vacuum", "--client=25", "--jobs=2", f"--time={seconds}", f"--file={script}")
+    output = postgres.server.run("pgbench", *options, new_table(postgres))
+    (rate,) = re.findall(r"^tps = ([\d.]+)", output, re.M)
     return float(rate)
-
-
-def wheel_program(name: str) -> Path:
-    """Return the path of a program of the embedded PostgreSQL."""
-    (path,) = Path(sys.prefix).glob(f"lib/python*/site-packages/*/pginstall18/bin/{name}")
-    return path
 
 
 def main() -> None:

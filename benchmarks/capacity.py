@@ -70,10 +70,6 @@ class Case:
         self.database_cpu.append(used[1] / signups)
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.2f}"
-
-
 @contextlib.contextmanager
 def on_one_core(service: Service) -> Iterator[None]:
     """Pin the service to one core, and the load to the other cores."""
@@ -127,7 +123,7 @@ def main() -> None:
             ("service CPU, ms", case.cpu),
             ("database CPU, ms", case.database_cpu),
         ):
-            print(f"  {name:17}", spread(values, milliseconds))
+            print(f"  {name:17}", spread([value * 1000 for value in values], "{:.2f}".format))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 import requests
 from locust import FastHttpUser, LoadTestShape, between, events, task
 from locust.env import Environment
-from prometheus_client.parser import text_string_to_metric_families as parse
+
+from testbed.service import USER, Client
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ PLANS = {
 PLAN = PLANS[os.environ["LOAD"]]
 SECONDS = float(os.environ.get("SECONDS") or PLAN.seconds)
 RUN = f"load{time.time_ns()}"  # makes the emails unique to the run
-COUNTER = "signup_requests_total"
 
 numbers = itertools.count()
 answers: Counter[str] = Counter()  # by status
@@ -62,8 +62,7 @@ class Visitor(FastHttpUser):
                 response.failure(f"{response.status_code} instead of {expected}")
 
     def sign_up(self, name: str, expected: int, email: str) -> None:
-        body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
-        self.send(name, expected, json=body)
+        self.send(name, expected, json=USER | {"email": email})
 
     @task(70)
     def new(self) -> None:
@@ -105,15 +104,14 @@ class Steps(LoadTestShape):
 
 def server_counts(host: str | None) -> dict[str, float] | None:
     """Return the server's counters by status, or None if `host` does not expose /metrics."""
-    response = requests.get(f"{host}/metrics", timeout=30)
-    if not response.ok:
+    server = Client()
+    server.url = str(host)
+    try:
+        samples = server.metrics()
+    except requests.HTTPError:
         return None
-    return {
-        sample.labels["status_code"]: sample.value
-        for family in parse(response.text)
-        for sample in family.samples
-        if sample.name == COUNTER
-    }
+    counts = {labels: n for (name, labels), n in samples.items() if name == "signup_requests_total"}
+    return {dict(labels)["status_code"]: n for labels, n in counts.items()}
 
 
 @events.test_start.add_listener

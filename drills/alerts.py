@@ -22,7 +22,7 @@ import requests
 from testbed import wait_until
 from testbed.database import Postgres, locked_table
 from testbed.faults import locked, stopped
-from testbed.load import Background
+from testbed.load import Background, Repeated
 from testbed.monitoring import Alertmanager, BlackboxExporter, Prometheus
 from testbed.nginx import Nginx
 from testbed.programs import free_port
@@ -102,53 +102,14 @@ class Traffic(Background):
         self.__dict__.update(before)
 
 
-class Lock(Background):
-    """Locks the table `users` for `seconds` at a time, repeatedly."""
+def lock(url: str, seconds: float = 2) -> Repeated:
+    """Lock the table `users` for `seconds` at a time, repeatedly."""
 
-    def __init__(self, url: str, seconds: float = 2) -> None:
-        super().__init__(1)
-        self._url = url
-        self._seconds = seconds
+    def once() -> None:
+        with locked_table(url):
+            time.sleep(seconds)
 
-    def step(self, session: requests.Session, number: int, turn: int) -> None:
-        with locked_table(self._url):
-            time.sleep(self._seconds)
-
-
-class Killer(Background):
-    """Kills the newest worker of `service` once it has started; scrapes reach the others."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__(1)
-        self._service = service
-
-    def step(self, session: requests.Session, number: int, turn: int) -> None:
-        newest = self._service.worker_pids()[-1]
-        if self._service.metric_files(newest):
-            os.kill(newest, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-class Restarter(Background):
-    """Repeatedly starts a replica on one port and stops it once it has been scraped."""
-
-    def __init__(self, deployment: "Deployment") -> None:
-        super().__init__(1)
-        self._deployment = deployment
-        self._port = free_port()
-
-    def __enter__(self) -> Self:
-        self._deployment.scrape(f"http://127.0.0.1:{self._port}")
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self._deployment.scrape()
-
-    def step(self, session: requests.Session, number: int, turn: int) -> None:
-        with self._deployment.replica(workers="1", port=self._port):
-            is_up = f'up{{instance="127.0.0.1:{self._port}"}} == 1'
-            wait_until(lambda: self._deployment.prometheus.query(is_up))
+    return Repeated(once)
 
 
 class Deployment:
@@ -181,13 +142,13 @@ class Deployment:
         """Start the service and the proxy on new ports, and stop the old ones."""
         self._services.close()
         self._replicas[:] = [
-            self._services.enter_context(self.replica(workers)) for workers in ("4", "1")
+            self._services.enter_context(self._replica(workers)) for workers in ("4", "1")
         ]
-        self.scrape()
+        self._scrape()
         self._proxy = self._services.enter_context(Nginx(*self._replicas))
         self.prometheus.set_probe_target(self._proxy.url)
 
-    def replica(self, workers: str, port: int = 0) -> Service:
+    def _replica(self, workers: str, port: int = 0) -> Service:
         """Return a replica that is not started yet."""
         return Service(
             port=port,
@@ -198,7 +159,7 @@ class Deployment:
             DATABASE_STATEMENT_TIMEOUT="3",
         )
 
-    def scrape(self, *others: str) -> None:
+    def _scrape(self, *others: str) -> None:
         """Make Prometheus scrape the replicas and `others`."""
         urls = [replica.url for replica in self._replicas]
         self.prometheus.set_targets("signup-server", *urls, *others)
@@ -234,7 +195,7 @@ class Deployment:
                 ],
             ),
             "table locked for 2 s at a time": (
-                lambda: Lock(self.admin_url),
+                lambda: lock(self.admin_url),
                 [
                     "SignupSlowDatabaseQueries",
                     "SignupVerySlowDatabaseQueries",
@@ -249,12 +210,12 @@ class Deployment:
                 ["SignupTrafficSpike"],
             ),
             "a worker killed repeatedly": (
-                lambda: Killer(self._replicas[0]),
+                lambda: Repeated(self._kill_newest_worker),
                 ["SignupWorkerRestartLoop"],
             ),
-            "a replica restarted repeatedly": (lambda: Restarter(self), ["SignupRestartLoop"]),
+            "a replica restarted repeatedly": (self._restarts, ["SignupRestartLoop"]),
             "wrong server scraped": (
-                lambda: self._wrong_target(self.prometheus.url),
+                lambda: self._scraped_too(self.prometheus.url),
                 ["SignupMetricsMissing"],
             ),
             "traffic stopped": (
@@ -282,11 +243,31 @@ class Deployment:
         with self.traffic.changed(rate=REQUESTS * 10), locked(self._postgres, self._url):
             yield
 
+    def _kill_newest_worker(self) -> None:
+        """Kill it once it has started; scrapes reach the others."""
+        newest = self._replicas[0].worker_pids()[-1]
+        if self._replicas[0].metric_files(newest):
+            os.kill(newest, signal.SIGKILL)
+        time.sleep(0.05)
+
     @contextlib.contextmanager
-    def _wrong_target(self, other: str) -> Iterator[None]:
-        self.scrape(other)
+    def _restarts(self) -> Iterator[None]:
+        """Repeatedly start a replica on one port, and stop it once it has been scraped."""
+        port = free_port()
+        is_up = f'up{{instance="127.0.0.1:{port}"}} == 1'
+
+        def once() -> None:
+            with self._replica("1", port):
+                wait_until(lambda: self.prometheus.query(is_up))
+
+        with self._scraped_too(f"http://127.0.0.1:{port}"), Repeated(once):
+            yield
+
+    @contextlib.contextmanager
+    def _scraped_too(self, url: str) -> Iterator[None]:
+        self._scrape(url)
         yield
-        self.scrape()
+        self._scrape()
 
     @contextlib.contextmanager
     def _down(self, *replicas: int) -> Iterator[None]:
@@ -321,25 +302,25 @@ class Deployment:
     def run(self, cause: str, alerts: list[str]) -> list[Report]:
         """Apply the cause until these alerts fire, then remove it and wait until they resolve."""
         block, _ = self.causes()[cause]
-        wait_until(lambda: not self._present(alerts), timeout=90)
-        fired: dict[str, float] = {}
-        resolved: dict[str, float] = {}
+        self._wait(alerts, False, 0)
         begin = time.monotonic()
         with block():
-            while len(fired) < len(alerts):
-                for alert in wait_until(lambda: self._present(alerts) - fired.keys(), timeout=90):
-                    fired[alert] = time.monotonic() - begin
-        end = time.monotonic()
-        while len(resolved) < len(alerts):
-            absent = wait_until(
-                lambda: {*alerts} - self._present(alerts) - resolved.keys(), timeout=90
-            )
-            for alert in absent:
-                resolved[alert] = time.monotonic() - end
+            fired = self._wait(alerts, True, begin)
+        resolved = self._wait(alerts, False, time.monotonic())
         return [Report(alert, cause, fired[alert], resolved[alert]) for alert in alerts]
 
-    def _present(self, alerts: list[str]) -> set[str]:
-        return {*alerts} & self.alertmanager.alerts().keys()
+    def _wait(self, alerts: list[str], present: bool, since: float) -> dict[str, float]:
+        """Wait until each alert is present, or absent; return how long after `since` it was so."""
+        times: dict[str, float] = {}
+
+        def others() -> set[str]:
+            now = self.alertmanager.alerts()
+            return {alert for alert in alerts if (alert in now) == present} - times.keys()
+
+        while len(times) < len(alerts):
+            for alert in wait_until(others, timeout=90):
+                times[alert] = time.monotonic() - since
+        return times
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ import requests
 import yaml
 
 from testbed import ROOT, engine, wait_until
-from testbed.load import Background
-from testbed.service import Client
+from testbed.load import Signups
+from testbed.monitoring import MonitoringApi
+from testbed.service import USER, Client, user
 
 FIRST_PASSWORD = "0123456789abcdef"
 # Characters with a special meaning in .env, a URL, a shell or SQL.
@@ -31,7 +32,7 @@ PASSWORD = "p@:/#%$'\"\\{} äß"
 VARIABLES = re.findall(r"^(\w+)=''$", (ROOT / ".env.example").read_text(), re.MULTILINE)
 # On the private engine, cAdvisor runs without its privileges, devices and volumes.
 OVERRIDE = "services: {cadvisor: {privileged: false, devices: !reset [], volumes: !reset []}}\n"
-NAME = "Lovelace"
+NAME = USER["last_name"]
 CLIENTS = 64
 BURST = 15  # seconds
 PORTS = {
@@ -50,7 +51,8 @@ class Stack(Client):
     """The stack of docker-compose.yml under a separate project name."""
 
     url = "http://127.0.0.1:3000"
-    prometheus = "http://127.0.0.1:9090"
+    prometheus = MonitoringApi()
+    prometheus.url = "http://127.0.0.1:9090"
 
     def __init__(self, folder: Path, own_engine: bool) -> None:
         super().__init__()
@@ -102,15 +104,6 @@ class Stack(Client):
         except requests.ConnectionError:
             return False
 
-    def ask_prometheus(self, path: str, **parameters: str) -> Any:
-        answer = requests.get(self.prometheus + "/api/v1" + path, params=parameters, timeout=10)
-        return answer.json()["data"]
-
-    def value(self, query: str) -> float:
-        """Return the value of a query with one result; 0 if the result is empty."""
-        result = self.ask_prometheus("/query", query=query)["result"]
-        return float(result[0]["value"][1]) if result else 0
-
     def alerts(self) -> set[str]:
         """Return the names of the alerts in Alertmanager."""
         ask = "wget -q -O - http://127.0.0.1:9093/api/v2/alerts"
@@ -134,30 +127,29 @@ class Stack(Client):
         return total
 
 
-class Traffic(Background):
-    """Five signups per second, each over a new connection; `answers` counts the statuses."""
+class Traffic(Signups):
+    """Five signups per second, each over a new connection."""
 
     def __init__(self, stack: Client, clients: int = 1, pause: float = 0.2) -> None:
-        super().__init__(clients)
-        self._stack = stack
+        super().__init__(stack, clients)
         self._pause = pause
-        self.answers: Counter[str] = Counter()
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        email = f"{time.monotonic_ns()}-{number}@example.com"
-        body = {"email": email, "first_name": "Ada", "last_name": NAME}
-        try:
-            answer = self._stack.signup(json=body)
-            assert answer.headers["Content-Type"] == "application/json", answer.text
-            answer.json()
-            self.answers[str(answer.status_code)] += 1
-        except requests.RequestException as error:
-            self.answers[type(error).__name__] += 1
+        self.sign_up(f"{time.monotonic_ns()}-{number}@example.com")
         time.sleep(self._pause)
 
+    def count(self, *statuses: int) -> int:
+        """Return the number of signups that got one of these statuses."""
+        return sum(answer.status in statuses for answer in self.answers)
+
+    def failed(self) -> Counter[str]:
+        """Return the number of signups without a 201, by status or error."""
+        names = [str(answer.status).partition("(")[0] for answer in self.answers]
+        return Counter(name for name in names if name != "201")
+
     def __str__(self) -> str:
-        failed = [f", {n} x {status}" for status, n in self.answers.items() if status != "201"]
-        return f"{self.answers['201']} of {self.answers.total()} got a 201{''.join(failed)}"
+        failed = [f", {n} x {status}" for status, n in self.failed().items()]
+        return f"{self.count(201)} of {len(self.answers)} got a 201{''.join(failed)}"
 
 
 def run(*command: str) -> str:
@@ -187,12 +179,12 @@ def under_traffic(stack: Stack, what: str, at_most: int | None = 0) -> Iterator[
     """Run `row` under five signups per second, of which at most `at_most` may fail."""
     with row(what) as seen:
         with Traffic(stack) as clients:
-            wait_until(lambda: clients.answers.total() >= 5)
+            wait_until(lambda: len(clients.answers) >= 5)
             yield seen
-            enough = clients.answers.total() + 10
-            wait_until(lambda: clients.answers.total() >= enough)
+            enough = len(clients.answers) + 10
+            wait_until(lambda: len(clients.answers) >= enough)
         seen.append(clients)
-    assert at_most is None or clients.answers.total() - clients.answers["201"] <= at_most, clients
+    assert at_most is None or clients.failed().total() <= at_most, clients
 
 
 def start(stack: Stack) -> None:
@@ -222,8 +214,7 @@ def start(stack: Stack) -> None:
 
 def front_door(stack: Stack) -> None:
     with row("requests through the proxy") as seen:
-        body = {"email": "ada@example.com", "first_name": "Ada", "last_name": NAME}
-        statuses = [stack.signup(json=body).status_code for _ in range(2)]
+        statuses = [stack.signup(json=USER).status_code for _ in range(2)]
         assert statuses == [201, 409], statuses
         hidden = ("/metrics", "/readyz", "/openapi.json")
         assert [stack.get(path).status_code for path in hidden] == [404] * 3
@@ -272,14 +263,15 @@ def watched(stack: Stack) -> None:
     with row("Prometheus targets and rules") as seen:
 
         def up() -> list[Any] | None:
-            targets = stack.ask_prometheus("/targets")["activeTargets"]
+            targets = stack.prometheus.get("/api/v1/targets")["data"]["activeTargets"]
             all_up = all(target["health"] == "up" for target in targets)
             return targets if all_up and {t["labels"]["job"] for t in targets} == jobs else None
 
         targets = wait_until(up, timeout=60)
 
         def rules() -> list[Any] | None:
-            found = [r for g in stack.ask_prometheus("/rules")["groups"] for r in g["rules"]]
+            groups = stack.prometheus.get("/api/v1/rules")["data"]["groups"]
+            found = [rule for group in groups for rule in group["rules"]]
             return found if all(rule["health"] == "ok" for rule in found) else None
 
         # A group is first evaluated within its interval, which is two minutes for one of them.
@@ -309,7 +301,7 @@ def follow(stack: Stack, replicas: int) -> str:
     wait_until(lambda: upstreams() == alive, pause=0.5)
     nginx = time.monotonic() - begin
     count = "count(up{job='signup-server'} == 1)"
-    wait_until(lambda: stack.value(count) == replicas, pause=0.5)
+    wait_until(lambda: stack.prometheus.query(count) == {"": replicas}, pause=0.5)
     return f"nginx updated after {nginx:.0f} s, Prometheus {time.monotonic() - begin:.0f} s"
 
 
@@ -341,12 +333,12 @@ def scale(stack: Stack) -> None:
 
 def database(stack: Stack) -> None:
     with row("`stop db`, five failures, `start db`") as seen, Traffic(stack) as clients:
-        wait_until(lambda: clients.answers["201"] >= 5)
+        wait_until(lambda: clients.count(201) >= 5)
         compose("stop", "db")
-        wait_until(lambda: clients.answers["500"] + clients.answers["503"] >= 5)
+        wait_until(lambda: clients.count(500, 503) >= 5)
         compose("start", "db")
-        before = clients.answers["201"]
-        wait_until(lambda: clients.answers["201"] >= before + 5)
+        before = clients.count(201)
+        wait_until(lambda: clients.count(201) >= before + 5)
         assert all(each["RestartCount"] == 0 for each in stack.inspect().values())
         seen.append(clients)
     with row("`down` and `up`") as seen:
@@ -359,8 +351,7 @@ def database(stack: Stack) -> None:
         seen.append(f"{users} users as before, counters at 0")
     with row("an INSERT that PostgreSQL refuses"):  # `end` looks for its row in the log
         stack.query(f"ALTER TABLE users ADD CONSTRAINT r CHECK (last_name <> '{NAME}') NOT VALID")
-        body = {"email": "refused@example.com", "first_name": "Ada", "last_name": NAME}
-        assert stack.signup(json=body).status_code == 500
+        assert stack.signup(json=user("refused")).status_code == 500
         stack.query("ALTER TABLE users DROP CONSTRAINT r")
 
 
@@ -377,7 +368,7 @@ def burst(stack: Stack) -> None:
                     now = float(line["MemPerc"].rstrip("%")), int(line["PIDs"])
                     old = peaks.get(line["Name"], (0.0, 0))
                     peaks[line["Name"]] = max(old[0], now[0]), max(old[1], now[1])
-        assert front.answers.keys() <= {"201", "429"} and back.answers.keys() <= {"201", "503"}
+        assert front.failed().keys() <= {"429"} and back.failed().keys() <= {"503"}, (front, back)
         seen += [f"proxy: {front}", f"replica: {back}"]
     for name, each in stack.inspect("--status=running").items():
         memory, pids = peaks[f"signup-check-{name}"]

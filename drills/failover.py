@@ -18,7 +18,7 @@ from signup.pool import PING_AFTER
 from testbed import wait_until
 from testbed.cluster import Cluster, ask
 from testbed.database import locked_table, stored_emails
-from testbed.load import Background
+from testbed.load import Signups
 from testbed.relay import Relay
 from testbed.service import Client, Service
 
@@ -49,27 +49,19 @@ class Report:
     stale: int
 
 
-class Load(Background):
-    """Clients that sign up; `answers` has the times of request and response, status and email."""
+class Load(Signups):
+    """Clients that send valid signups."""
 
     def __init__(self, service: Client, clients: int = CLIENTS) -> None:
-        super().__init__(clients)
-        self._service = service
-        self._name = time.time_ns()
-        self.answers: list[tuple[float, float, int, str]] = []
+        super().__init__(service, clients, f"{time.time_ns()}")
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        email = f"{self._name}-{number}-{turn}@example.com"
-        body = {"email": email, "first_name": "Ada", "last_name": "Lovelace"}
-        sent = time.monotonic()
-        status = self._service.signup(session=session, json=body).status_code
-        self.answers.append((sent, time.monotonic(), status, email))
-        if status != 201:
+        if self.sign_up(f"{self._name}-{number}-{turn}@example.com", session).status != 201:
             self._stop.wait(0.05)  # back off after a failure
 
     def count(self, status: int, since: float = 0) -> int:
         """Return the number of responses with `status` to requests sent after `since`."""
-        return sum(s == status for sent, _, s, _ in list(self.answers) if sent > since)
+        return sum(a.status == status for a in self.answers if a.sent > since)
 
     def await_answers(self, count: int, status: int = 201) -> None:
         """Wait for `count` responses with `status` to requests sent from now on."""
@@ -77,16 +69,16 @@ class Load(Background):
         wait_until(lambda: self.count(status, now) >= count, timeout=60)
 
     def report(self, scenario: str, stored: set[str], taken_over: float, stale: int) -> Report:
-        good = [(done, email) for _, done, status, email in self.answers if status == 201]
-        first = min(done for done, _ in good if done > taken_over)
-        bad = [sent for sent, _, status, _ in self.answers if status != 201]
+        assert not self.unanswered
+        first = min(a.done for a in self.answers if a.status == 201 and a.done > taken_over)
+        failed = [answer for answer in self.answers if answer.status != 201]
         return Report(
             scenario,
-            acknowledged=len(good),
-            present=len(stored.intersection(email for _, email in good)),
-            failed=len(bad),
+            acknowledged=len(self.acknowledged),
+            present=len(stored.intersection(self.acknowledged)),
+            failed=len(failed),
             recovery=first - taken_over,
-            failed_later=sum(sent > first for sent in bad),
+            failed_later=sum(answer.sent > first for answer in failed),
             stale=stale,
         )
 
@@ -176,7 +168,7 @@ SCENARIOS = (silent, switch_over, killed, paused)
 @contextmanager
 def _service(url: str) -> Iterator[Service]:
     with Service(DATABASE_URL=url, **SETTINGS) as service:
-        wait_until(lambda: service.metrics().get_value("signup_workers") == WORKERS)
+        service.wait_for(signup_workers=WORKERS)
         yield service
 
 

@@ -24,7 +24,7 @@ TIMEOUTS: dict[str, Any] = {"DATABASE_POOL_TIMEOUT": "1", "DATABASE_STATEMENT_TI
 
 @dataclass
 class Report:
-    """What clients and probes saw of one fault; `slowest` and `recovery` in seconds."""
+    """What clients and probes saw of one fault; all times in seconds."""
 
     fault: str
     answers: Counter[int]
@@ -33,6 +33,7 @@ class Report:
     healthz: int
     causes: set[str]
     recovery: float
+    ready_seconds: float
 
 
 def fault_drill(
@@ -48,7 +49,10 @@ def fault_drill(
     with FAULTS[fault](postgres, url):
         with Signups(service, name=f"{fault.replace(' ', '-')}-{time.time_ns()}") as load:
             wait_until(lambda: _failed(service.answers - before) >= failures, timeout=60)
-        readyz, healthz = (service.get(path).status_code for path in ("/readyz", "/healthz"))
+        asked = time.perf_counter()
+        readyz = service.get("/readyz").status_code
+        ready_seconds = time.perf_counter() - asked
+        healthz = service.get("/healthz").status_code
     answers = service.answers - before
     ended = time.perf_counter()
     wait_until(lambda: service.get("/readyz").status_code == 200)
@@ -58,7 +62,7 @@ def fault_drill(
     assert _database_errors(service) - counted == _failed(service.answers - before)
     causes = _check_causes(service.log()[logged:])
     assert stored_emails(postgres.admin_url(url)).issuperset(load.acknowledged)
-    return Report(fault, answers, load.slowest, readyz, healthz, causes, recovery)
+    return Report(fault, answers, load.slowest, readyz, healthz, causes, recovery, ready_seconds)
 
 
 def durability_drill(

@@ -21,7 +21,7 @@ from matplotlib.patches import Wedge
 from testbed import ROOT
 from testbed.monitoring import Prometheus
 
-from .alerts import Deployment, Lock
+from .alerts import Deployment, lock
 
 WIDTH, ROW, DPI = 1280, 38, 100  # image width and grid row in pixels; pixels per inch
 BACK, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e99", "#2c2f36"
@@ -66,18 +66,15 @@ def format_value(value: float, unit: str, decimals: int | None = None) -> str:
 
 
 def threshold_color(defaults: dict[str, Any], value: float) -> str:
-    reached = [
-        step["color"]
-        for step in defaults["thresholds"]["steps"]
-        if step["value"] is None or value >= step["value"]
-    ]
+    steps = defaults["thresholds"]["steps"]
+    reached = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
     return COLORS[reached[-1]]
 
 
 def color_of(panel: dict[str, Any], name: str, position: int) -> str:
-    for override in panel["fieldConfig"]["overrides"]:
+    for override in _overrides(panel, name):
         for change in override["properties"]:
-            if override["matcher"]["options"] == name and change["id"] == "color":
+            if change["id"] == "color":
                 return COLORS[change["value"]["fixedColor"]]
     return PALETTE[position % len(PALETTE)]
 
@@ -86,9 +83,6 @@ def draw_number(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     """Draw a stat, a gauge or a bar gauge."""
     axes.axis("off")
     defaults = panel["fieldConfig"]["defaults"]
-    if not series:
-        axes.text(0.5, 0.45, defaults["noValue"], ha="center", va="center", color=FAINT, size=11)
-        return
     ((_, value),) = next(iter(series.values()))
     text = format_value(value, defaults["unit"], defaults.get("decimals"))
     color = threshold_color(defaults, value)
@@ -115,13 +109,8 @@ def draw_lines(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at)))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="both"))
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
-    if not series:
-        axes.text(0.5, 0.5, defaults["noValue"], ha="center", color=FAINT)
-        axes.axis("off")
-        return
-    lines = {
-        name for name in series if "lineStyle" in json.dumps(_overrides(panel, name))
-    }  # dashed, and not part of the stack
+    # Dashed, and not part of the stack.
+    lines = {name for name in series if "lineStyle" in json.dumps(_overrides(panel, name))}
     below: dict[float, float] = {}
     for position, (name, samples) in enumerate(series.items()):
         color = color_of(panel, name, position)
@@ -197,9 +186,6 @@ def draw_heatmap(axes: Axes, panel: dict[str, Any], series: Series) -> None:
 
 def draw_table(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     axes.axis("off")
-    if not series:
-        message = panel["fieldConfig"]["defaults"]["noValue"]
-        axes.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, size=11)
     for row, name in enumerate(sorted(series)[:6]):
         axes.text(0.01, 0.9 - 0.17 * row, name, color=TEXT, va="center", size=9)
 
@@ -237,21 +223,19 @@ def draw(dashboard: dict[str, Any], query: Query, path: Path) -> None:
         top, bottom = (1 + y) * ROW + 3, (1 + y + h) * ROW - 3
         background = place(left, top, right, bottom)
         background.set(xticks=[], yticks=[])
-        figure.text(
-            (left + 8) / WIDTH,
-            1 - (top + 15) / height,
-            panel["title"],
-            color=TEXT,
-            size=9.5,
-            weight="bold",
-            va="center",
-        )
+        at = (left + 8) / WIDTH, 1 - (top + 15) / height
+        figure.text(*at, panel["title"], color=TEXT, size=9.5, weight="bold", va="center")
         series: Series = {}
         for target in panel["targets"]:
             series |= query(target)
         margin, foot = MARGINS.get(panel["type"], (8, 8))
         axes = place(left + margin, top + 30, right - 12, bottom - foot)
-        DRAWINGS[panel["type"]](axes, panel, series)
+        if series:
+            DRAWINGS[panel["type"]](axes, panel, series)
+        else:
+            message = panel["fieldConfig"]["defaults"]["noValue"]
+            axes.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, size=11)
+            axes.axis("off")
         if axes.get_legend_handles_labels()[1]:
             background.legend(
                 *axes.get_legend_handles_labels(),
@@ -311,7 +295,7 @@ def main() -> None:
                 time.sleep(30)
         with deployment.traffic.changed(special="again@example.com", every=20):
             time.sleep(30)
-            with Lock(deployment.admin_url, seconds=0.3):
+            with lock(deployment.admin_url, seconds=0.3):
                 time.sleep(15)
             time.sleep(40)
         query = ask(deployment.prometheus, start, time.time(), RATE_INTERVAL)

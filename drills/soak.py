@@ -51,18 +51,19 @@ def soak(service: Service, url: str, replacements: int, may_fail: bool = False) 
     gets a 500 only if it `may_fail`: the library's own files are empty for a moment when created.
     """
     chance = random.Random(1)
-    _reload(service)  # so that the baseline includes the extra slots of a reload
+    service.reload()  # so that the baseline includes the extra slots of a reload
+    _wait_for_workers(service)
     files, duration = _count_files(service), scrape_time(service)
     start = service.boots()
     kills = 0
     with Signups(service, CLIENTS) as load, Scraper(service, SCRAPERS) as scraper:
         while service.boots() - start < replacements:
             if chance.random() < 0.3:
-                _reload(service)
+                service.reload()
             else:
                 os.kill(chance.choice(service.worker_pids()), signal.SIGKILL)
                 kills += 1
-                _wait_for_workers(service)
+            _wait_for_workers(service)
             answered = service.answers.total()
             wait_until(lambda: service.answers.total() > answered + 50)
     report = Report(
@@ -96,13 +97,6 @@ def _check(service: Service, url: str, report: Report) -> None:
     assert total <= now.total("signup_request_duration_seconds_count") <= total + report.unanswered
     rows = count_users(url)
     assert counted[201] <= rows <= counted[201] + report.unanswered
-
-
-def _reload(service: Service) -> None:
-    started = service.boots()
-    service.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: service.boots() >= started + WORKERS)
-    _wait_for_workers(service)
 
 
 def _wait_for_workers(service: Service) -> None:

@@ -57,7 +57,7 @@ class Config:
         if workers > budget:
             what = f"each of {workers} workers needs a connection"
             mistakes.append(f"DATABASE_MAX_CONNECTIONS: '{budget}' is not allowed: {what}")
-        if config.database_url and (mistake := _mistake_in_url(config.database_url)):
+        if config.database_url and (mistake := _mistake_in_url(config.database_url, env)):
             mistakes.append(f"DATABASE_URL is not allowed: {mistake}")
         elif workers and not config.database_url:
             mistakes.append(f"DATABASE_URL is not set: use {URL}, or `make run` for a PostgreSQL")
@@ -66,14 +66,19 @@ class Config:
         return config
 
 
-def _mistake_in_url(url: str) -> str | None:
-    # libpq would parse part of such a password as a host or database, and quote it in an error.
+def _mistake_in_url(url: str, env: Mapping[str, str]) -> str | None:
+    # libpq would take part of such a password for a host, port or database, and quote it.
     scheme, _, rest = url.partition("://")
-    authority, _, path = rest.partition("?")[0].partition("/")
-    if authority.count("@") > 1 or "@" in path or re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})", rest):
+    if re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})|[@/][^?]*@", rest):
         return "percent-encode @ / # % quotes and spaces in the user, password and database"
     try:
-        float(parse_dsn(url).get("connect_timeout", 0))
+        dsn = parse_dsn(url)
+        float(dsn.get("connect_timeout", 0))
+        if scheme not in ("postgresql", "postgres") or re.search("[^0-9,]", dsn.get("port", "")):
+            raise ValueError
     except (ProgrammingError, ValueError):
-        scheme = ""
-    return None if scheme in ("postgresql", "postgres") else f"it must look like {URL}"
+        return f"it must look like {URL}"
+    # Poolers refuse or drop options. libpq would look up a service's host without a deadline.
+    given = {"options", "service"} & dsn.keys() or env.get("PGOPTIONS") or env.get("PGSERVICE")
+    fix = "instead of options, service, PGOPTIONS and PGSERVICE, use ALTER ROLE ... SET and a host"
+    return fix if given else None

@@ -1,13 +1,12 @@
-"""A PostgreSQL connection with a deadline for every wait, enforced by psycopg2's wait callback.
+"""A PostgreSQL connection whose every wait has a deadline; libpq's own might never return."""
 
-libpq has no client-side timeout: a request to a paused server would never return.
-"""
-
+import os
 import select
 import socket
-from collections.abc import Iterator
-from functools import partial
+import ssl
+from concurrent.futures import Future
 from math import inf
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -17,73 +16,90 @@ from psycopg2 import extensions
 from .config import Config
 
 DEFAULTS = {  # unless the URL sets them
+    "application_name": "signup",
     "target_session_attrs": "read-write",  # connect to the primary only
     "keepalives_idle": "30",  # seconds; detects connections that a NAT or load balancer dropped
     "keepalives_interval": "5",
     "tcp_user_timeout": "15000",  # milliseconds
 }
+SILENCE = 1.0  # seconds without progress, after which the next address is tried
 _failed: dict[str, float] = {}  # the time of each address's last failure
+_lookups: dict[str, Future[list[str]]] = {}  # the latest lookup of each name
+
+# sslrootcert=system: else the OpenSSL of psycopg2's wheel searches a folder of its build machine.
+_paths = ssl.get_default_verify_paths()
+os.environ.setdefault("SSL_CERT_FILE", _paths.openssl_cafile)
+os.environ.setdefault("SSL_CERT_DIR", _paths.openssl_capath)
 
 
 class Connection(extensions.connection):
-    """A connection whose waits fail at `deadline`, in seconds of time.monotonic()."""
+    """A connection whose waits fail at `deadline` (time.monotonic), or after `silence` seconds."""
 
-    def __init__(self, dsn: str, *, deadline: float) -> None:
+    def __init__(self, dsn: str, deadline: float, silence: float) -> None:
         self.opened = self.used = monotonic()
-        self.deadline = deadline
+        self.deadline, self.silence = deadline, silence
+        self.settings: str | None = None  # to send with each statement, see database.py
         super().__init__(dsn)
 
 
 def connect(config: Config, deadline: float) -> Connection:
-    """Connect in autocommit mode: one statement is one transaction and one round trip.
+    """Connect in autocommit mode. Raises psycopg2.Error if no address accepts by `deadline`.
 
-    The URL's addresses share the remaining time; the one that failed last is tried last. libpq
-    would wait for the first one forever. Raises psycopg2.Error if none accepts by `deadline`.
+    An address is given up if it is silent and others are left. What failed last is tried last.
     """
-    dsn = DEFAULTS | extensions.parse_dsn(config.database_url)
-    timeout = round(config.database_statement_timeout * 1000)  # milliseconds
-    options = f"-c statement_timeout={timeout} {dsn.get('options', '')}"
-    # PgBouncer 1.20 and newer reject options that end in a space.
-    dsn |= {"application_name": "signup", "client_encoding": "UTF8", "options": options.strip()}
-    causes: list[str] = []
-    addresses = sorted(_addresses(dsn, causes), key=lambda address: _failed.get(str(address), 0))
-    # Seconds; 1 for several addresses.
-    limit = float(dsn.get("connect_timeout", len(addresses) > 1)) or inf
-    for place, address in enumerate(addresses):
-        part = min((deadline - monotonic()) / (len(addresses) - place), limit)
-        factory = partial(Connection, deadline=monotonic() + part)
+    dsn = DEFAULTS | extensions.parse_dsn(config.database_url) | {"client_encoding": "UTF8"}
+    limit = float(dsn.get("connect_timeout", 0)) or inf  # seconds for each address
+    targets, causes = _targets(dsn), []
+    # All at once: one dead name must not delay the others.
+    names = {each["host"] for each in targets if each.get("host") and not each["hostaddr"]}
+    lookups = {name: _look_up(name) for name in names if name[0] not in "/@"}  # not a Unix socket
+    while targets:
+        targets.sort(key=lambda each: _failed.get(str(each), 0))
+        target, now = targets.pop(0), monotonic()
+        silence = min(SILENCE, (deadline - now) / (len(targets) + 1)) if targets else inf
+        until = min(deadline, now + limit)
         try:
-            connection: Connection = psycopg2.connect(connection_factory=factory, **dsn | address)
-        except psycopg2.Error as error:
-            _failed[str(address)] = monotonic()
-            name = " ".join(dict.fromkeys(filter(None, address.values()))) or "the default server"
-            causes.append(name + ": " + str(error).strip().partition("\n")[0])
-        else:
-            connection.deadline, connection.autocommit = deadline, True
+            if not target.get("hostaddr") and target.get("host") in lookups:
+                found = lookups[target["host"]].result(min(until - now, silence))
+                targets = [target | {"hostaddr": address} for address in found] + targets
+                continue
+            connection = Connection(extensions.make_dsn(**dsn | target), until, silence)
+            connection.deadline, connection.silence, connection.autocommit = deadline, inf, True
             return connection
-    text = "; ".join(causes).replace(dsn.get("password") or "\0", "***")  # it is logged
-    raise psycopg2.OperationalError(text)
+        except Exception as error:
+            _failed[str(target)] = monotonic()
+            place = " ".join(dict.fromkeys(filter(None, target.values()))) or "the default server"
+            cause = str(error).strip() or "no answer from the name servers in time"
+            causes.append(f"{place}: {cause.splitlines()[0]}")
+    raise psycopg2.OperationalError("; ".join(causes))
 
 
-def _addresses(dsn: dict[str, str], causes: list[str]) -> Iterator[dict[str, Any]]:
-    # A lookup by libpq would block all greenlets of the worker.
-    names = ("host", "hostaddr", "port")
-    lists = [dsn.get(name, "").split(",") for name in names]
-    count = max(map(len, lists))
-    if any(len(part) not in (1, count) for part in lists):
-        lists, count = [], 0
-        yield {}  # libpq reports the mismatch
-    for values in zip(*(part * (count // len(part)) for part in lists), strict=True):
-        address = {name: value or None for name, value in zip(names, values, strict=True)}
-        host = address["host"] or "/"
-        if address["hostaddr"] or host[0] in "/@":  # a Unix socket
-            yield address
-            continue
+def _targets(dsn: dict[str, str]) -> list[dict[str, str]]:
+    lists = {
+        name: (dsn.get(name) or os.environ.get(f"PG{name.upper()}", "")).split(",")
+        for name in ("host", "hostaddr", "port")
+    }
+    count = max(map(len, lists.values()))
+    if any(len(each) not in (1, count) for each in lists.values()):
+        return [{}]  # libpq reports the mismatch
+    return [{name: (each * count)[n] for name, each in lists.items()} for n in range(count)]
+
+
+def _look_up(name: str) -> Future[list[str]]:
+    """Start a lookup, or join the one under way: silent name servers hold one thread per name."""
+
+    def resolve() -> None:
         try:
-            for *_, found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
-                yield address | {"hostaddr": found[0]}
-        except OSError as error:
-            causes.append(f"cannot resolve {host!r}: {error.strerror}")
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            lookup.set_result([str(address[0]) for *_, address in found])
+        except Exception as error:
+            lookup.set_exception(error)
+
+    if name not in _lookups or _lookups[name].done():
+        lookup: Future[list[str]] = Future()
+        Thread(target=resolve, daemon=True).start()
+        _lookups[name] = lookup
+    return _lookups[name]
 
 
 def _wait(connection: Any) -> None:
@@ -92,7 +108,7 @@ def _wait(connection: Any) -> None:
         event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
         poller = select.poll()
         poller.register(connection.fileno(), event)
-        left = max(connection.deadline - monotonic(), 0)
+        left = max(min(connection.deadline - monotonic(), connection.silence), 0)
         # Poll twice: after a pause of this process, data may be waiting after the deadline.
         if not (poller.poll(left * 1000) or poller.poll(10)):
             raise psycopg2.OperationalError("the database did not answer in time")

@@ -1,15 +1,15 @@
-"""PostgreSQL: the schema, the INSERT and the readiness check."""
+"""PostgreSQL: the table, the INSERT and the readiness check."""
 
 import logging
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import psycopg2
-from psycopg2.errors import ReadOnlySqlTransaction
-from psycopg2.extras import execute_values
+from psycopg2 import errors
+from psycopg2.pool import PoolError
 
 from .config import Config, ConfigError
 from .connection import connect
@@ -18,20 +18,23 @@ from .pool import Pool
 from .validation import Signup, fold_email
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-READY_TIMEOUT = 1.0  # seconds for each of the two steps of a readiness check
+READY_WAIT, READY_TIMEOUT = 1.0, 1.9  # seconds behind signups, and in all, of a readiness check
+RACE_LOST = errors.DuplicateTable, errors.DuplicateObject, errors.UniqueViolation
 GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 
 INSERT = """
 INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
-ON CONFLICT DO NOTHING RETURNING id, created_at
+ON CONFLICT (email_folded) DO NOTHING
+RETURNING CAST(id AS bigint), CAST(created_at AS timestamptz), CAST(updated_at AS timestamptz)
 """
-FOLD = """
-UPDATE users SET email_folded = folded.email FROM (VALUES %s) AS folded (email, id)
-WHERE users.id = folded.id
-    AND NOT EXISTS (SELECT FROM users AS other WHERE other.email_folded = folded.email)
+# Once in a session. (If a role's own default is serializable, a duplicate is an error.)
+SESSION = """
+SELECT set_config('statement_timeout', %s, false),
+    set_config('default_transaction_isolation', 'read committed', false)
+WHERE pg_backend_pid() = %s
 """
-
-log = logging.getLogger(__name__)
+# Through a pooler, which the process id reveals: in one message with each INSERT, for it alone.
+TRANSACTION = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {};"
 
 
 class Database:
@@ -39,6 +42,8 @@ class Database:
 
     def __init__(self, config: Config, connections: int, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
+        self._limit = str(round(config.database_statement_timeout * 1000))  # milliseconds
+        self._answered = 0.0  # when the database last answered an INSERT
         self._reported: dict[str, float] = {}  # when each cause was last logged
         self._pool = Pool(config, connections, metrics)
 
@@ -48,45 +53,62 @@ class Database:
         timeout = self._config.database_pool_timeout
         with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
+            if connection.settings is None:
+                cursor.execute(SESSION, (self._limit, connection.info.backend_pid))
+                connection.settings = "" if cursor.fetchone() else TRANSACTION.format(self._limit)
             # Never retry: an INSERT sent before the connection was lost may be committed.
             with self._metrics.insert_duration.time():
-                cursor.execute(INSERT, values)
-            if not (row := cursor.fetchone()):
-                return None
-        created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # roles may set a time zone
-        return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
+                cursor.execute(connection.settings + INSERT, values)
+            row, self._answered = cursor.fetchone(), monotonic()
+        if not row:
+            return None
+        number, *times = row  # converted here, as a role may set a time zone
+        created, updated = (f"{t.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" for t in times)
+        return {"id": number, **signup._asdict(), "created_at": created, "updated_at": updated}
 
     def check(self) -> None:
         """Raise psycopg2.Error unless a primary answers within 2 seconds."""
-        with self._pool.connection(READY_TIMEOUT) as connection, connection.cursor() as cursor:
-            connection.deadline = monotonic() + READY_TIMEOUT
-            cursor.execute("SHOW transaction_read_only")
-            if cursor.fetchone() != ("off",):  # a standby returns "on" as well
-                raise ReadOnlySqlTransaction("the database is read-only")
+        started = monotonic()
+        try:
+            with self._pool.connection(READY_TIMEOUT - 0.2, READY_WAIT) as connection:
+                connection.deadline = started + READY_TIMEOUT
+                cursor = connection.cursor()
+                cursor.execute("SHOW transaction_read_only")
+                if cursor.fetchone() != ("off",):  # a standby returns "on" as well
+                    raise errors.ReadOnlySqlTransaction("the database is read-only")
+        except PoolError:  # signups use all connections
+            if self._answered < started:
+                raise
 
     def report(self, error: Exception) -> None:
         """Log the cause of a database error, each cause at most once a second."""
         cause, now = describe(error), monotonic()
         if now >= self._reported.get(cause, 0) + 1:
             self._reported[cause] = now
-            log.error("database: %s", cause)
+            logging.error("database: %s", cause)
 
 
-def create_schema(config: Config) -> None:
-    """Create or migrate the table. Raises ConfigError."""
-    deadline = monotonic() + 10  # seconds
+def prepare_table(config: Config) -> None:
+    """Create the table if there is none; never change one, but check it. Raises ConfigError."""
     try:
-        with closing(connect(config, deadline)) as connection, connection.cursor() as cursor:
+        with closing(connect(config, monotonic() + 10)) as connection:
+            cursor = connection.cursor()
             cursor.execute("SHOW server_encoding")
             if cursor.fetchone() != ("UTF8",):
                 raise ConfigError("the database can't be used: its encoding is not UTF8")
-            connection.deadline = monotonic() + 600  # seconds, to migrate a large table
-            cursor.execute(SCHEMA.read_text())
-            cursor.execute("SELECT email, id FROM users WHERE email_folded IS NULL ORDER BY 2 DESC")
-            folded = {fold_email(email): number for email, number in cursor}
-            execute_values(cursor, FOLD, list(folded.items()), page_size=1000)
+            cursor.execute("SELECT to_regclass('users')")
+            if cursor.fetchone() == (None,):
+                with suppress(*RACE_LOST):  # to another instance that starts at the same moment
+                    cursor.execute(SCHEMA.read_text())
+            # Checks columns, unique index and privileges, and executes nothing.
+            cursor.execute(f"EXPLAIN {INSERT}", [""] * 4)
     except psycopg2.Error as error:
-        raise ConfigError(f"the database can't be used: {describe(error)}") from error
+        what = describe(error)
+        if isinstance(error, errors.InvalidColumnReference):
+            what = "the table users has no unique index on email_folded alone"
+        if isinstance(error, psycopg2.ProgrammingError | psycopg2.DataError):
+            what += ": see An existing table in docs/production.md"
+        raise ConfigError(f"the database can't be used: {what}") from error
 
 
 def describe(error: Exception) -> str:

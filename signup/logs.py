@@ -36,9 +36,8 @@ class GunicornLogger(glogging.Logger):
 
 def _redact(record: logging.LogRecord) -> bool:
     # gunicorn appends the client's address or input to these messages.
-    for start in ("Invalid request", "Error handling request"):
-        if str(record.msg).startswith(start):
-            record.msg, record.args = start, ()
+    if start := re.match("Invalid request|Error handling request", str(record.msg)):
+        record.msg, record.args = start[0], ()
     return True
 
 
@@ -48,13 +47,12 @@ def init_app(app: Flask) -> None:
     @app.after_request
     def finish(response: Response) -> Response:
         environ, status = request.environ, response.status_code
-        name = environ.get("HTTP_X_REQUEST_ID", "")
-        name = name if SANE_ID.fullmatch(name) else f"{getrandbits(128):032x}"
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        name = given if SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
         path = "other" if status == 404 else environ["PATH_INFO"]
         response.headers.add("X-Request-ID", name)
         # For the access log. An unknown method could contain personal data.
-        method = environ["REQUEST_METHOD"]
-        method = method if method in HTTPMethod.__members__ else "other"
+        method = request.method if request.method in HTTPMethod.__members__ else "other"
         environ |= {"signup.request_id": name, "signup.path": path, "signup.method": method}
         if status >= 500:
             what = {"request_id": name, "path": path, "status": status}

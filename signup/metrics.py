@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from . import slots
 
 STATUS_CODES = (201, 400, 405, 409, 413, 500, 503)
 ERRORS = ("validation", "duplicate_email", "invalid_json", "invalid_method", "database", "internal")
-FIELDS = ("email", "first_name", "last_name")
+FIELDS, STATES = ("email", "first_name", "last_name"), ("in_use", "idle", "open")
 # Seconds. These are the default buckets of the Go client; those of the Python client differ.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -35,28 +35,27 @@ class Metrics:
             MultiProcessCollector(self.registry, slot.folder)
             self.registry.register(ProcessCollector())
         own = None if slot else self.registry
-        # Binding every label value here exposes its series as 0 from the first scrape.
         counter = partial(Counter, registry=own)
         histogram = partial(Histogram, buckets=BUCKETS, registry=own)
         gauge = partial(Gauge, multiprocess_mode="livesum", registry=own)
         durations = histogram("signup_request_duration_seconds", "Request time", ["status_code"])
-        self.durations = {code: durations.labels(code) for code in STATUS_CODES}
         requests = counter("signup_requests_total", "Signup requests answered", ["status_code"])
-        self.requests = {code: requests.labels(code) for code in STATUS_CODES}
         errors = counter("signup_errors_total", "Failed signup requests, by cause", ["error_type"])
-        self.errors = {name: errors.labels(name) for name in ERRORS}
         refused = counter("signup_validation_errors_total", "Invalid fields, by name", ["field"])
+        connections = gauge("database_connections", "Pool connections", ["state"])
+        # Every label value, so that its series is 0 from the first scrape.
+        self.durations = {code: durations.labels(code) for code in STATUS_CODES}
+        self.requests = {code: requests.labels(code) for code in STATUS_CODES}
+        self.errors = {kind: errors.labels(kind) for kind in ERRORS}
         self.validation_errors = {field: refused.labels(field) for field in FIELDS}
+        self.connections = {state: connections.labels(state) for state in STATES}
         self.duplicate_emails = counter("signup_duplicate_email_attempts_total", "Duplicate emails")
         self.in_flight = gauge("signup_requests_in_flight", "Signup requests in flight")
         gauge("signup_workers", "Live workers").set(1)
         queries = histogram("database_query_duration_seconds", "Query time", ["operation"])
         self.insert_duration = queries.labels("insert_user")
-        connections = gauge("database_connections", "Pool connections", ["state"])
-        self.connections = {
-            state: connections.labels(state) for state in ("in_use", "idle", "open")
-        }
         gauge("database_connections_max", "Connection limit of live workers").set(max_connections)
+        self.pool_waiting = gauge("database_pool_waiting", "Signups waiting for a connection")
         self.pool_wait = histogram("database_pool_wait_seconds", "Wait for a connection")
         self.pool_timeouts = counter("database_pool_timeouts_total", "Waits that timed out")
 
@@ -86,15 +85,7 @@ class ProcessCollector(Collector):
         yield CounterMetricFamily("process_cpu_seconds", "CPU time, exited workers included", cpu)
         yield GaugeMetricFamily("process_resident_memory_bytes", "RSS, master and workers", memory)
         yield GaugeMetricFamily("process_open_fds", "Open files, master and workers", descriptors)
-
-
-def master_metrics(folder: str) -> Counter:
-    """Set the gunicorn master's start time; return its counter of worker starts."""
-    slots.write_as(slots.MASTER, folder)
-    text = "Start time of the master, in seconds since the Unix epoch"
-    started = Gauge("process_start_time_seconds", text, multiprocess_mode="max", registry=None)
-    started.set(psutil.Process().create_time())
-    return Counter("signup_worker_starts_total", "Workers started, reloads included", registry=None)
+        yield GaugeMetricFamily("process_start_time_seconds", "Master start", master.create_time())
 
 
 def init_app(app: Flask, metrics: Metrics) -> None:
@@ -125,15 +116,8 @@ def init_app(app: Flask, metrics: Metrics) -> None:
     def expose() -> Response:
         if slot := metrics.slot:  # fail the scrape if this worker's files were deleted
             Path(slot.folder, slots.FILES[0].format(slot.number)).stat()
-        encode, content_type = _encoder(request.accept_mimetypes)
+        # The library's chooser ignores quality values, and werkzeug's takes versions for types.
+        kinds = MIMEAccept((kind.partition(";")[0], q) for kind, q in request.accept_mimetypes)
+        best = kinds.best_match(["text/plain", "application/openmetrics-text"], default="")
+        encode, content_type = choose_encoder(best)
         return Response(encode(metrics.registry), content_type=content_type)
-
-
-def _encoder(accept: MIMEAccept) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """Return the format the scraper prefers. The library's chooser ignores quality values."""
-    for value, quality in sorted(accept, key=lambda item: -item[1]):
-        with suppress(TypeError):  # the chooser raises it for `version=x`
-            chosen, wanted = choose_encoder(value.lower()), value.lower().partition(";")[0]
-            if quality and wanted in (chosen[1].partition(";")[0], "*/*"):
-                return chosen
-    return choose_encoder("")

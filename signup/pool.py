@@ -6,11 +6,12 @@ Unmodified, that pool raises when exhausted (psycopg2 issue 1220), and connects 
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from time import monotonic
 
 import psycopg2
-from psycopg2.errors import ReadOnlySqlTransaction
+from psycopg2 import errors, extensions
 from psycopg2.pool import PoolError, ThreadedConnectionPool
 
 from .config import Config
@@ -21,101 +22,106 @@ PING_AFTER, PING_TIMEOUT = 5.0, 1.0  # seconds idle before a ping, and seconds t
 
 
 class Pool(ThreadedConnectionPool):
-    """A pool of at most `size` connections, opened on demand and then kept."""
-
-    _lock: threading.Lock  # these four are psycopg2's, and missing from its type stubs
-    _pool: list[Connection]  # idle connections
-    _used: dict[int, Connection]  # connections in use, by key
-    _rused: dict[int, int]  # their keys, by id(connection)
+    """At most `size` turns: each is an idle connection, or None or a closed one to replace."""
 
     def __init__(self, config: Config, size: int, metrics: Metrics) -> None:
-        super().__init__(0, size)
-        self.minconn = size  # keep every returned connection open
+        # psycopg2 calls the factory under its lock: it only hands over what connect() has opened.
+        self._opened: list[Connection] = []
+        super().__init__(0, size, "", connection_factory=lambda _: self._opened.pop())
         self._config, self._metrics = config, metrics
-        self._free = size  # turns left; each is the right to an idle connection or a new one
-        self._waiting: deque[threading.Event] = deque()  # requests, in order of arrival
-        self._trusted = 0.0  # connections opened before this time are closed
+        self._guard = threading.Lock()  # of the pool, and of all below
+        self._turns: list[Connection | None] = [None] * size  # free ones, taken from the end
+        self._waiting: deque[Future[Connection | None]] = deque()  # requests for a turn
+        self._valid_from = 0.0  # connections opened before this time are closed
         threading.Thread(target=self._sample, daemon=True).start()
 
     @contextmanager
-    def connection(self, timeout: float) -> Iterator[Connection]:
+    def connection(self, timeout: float, probe_wait: float = 0) -> Iterator[Connection]:
         """Lend a live one within `timeout` seconds. Raises PoolError, or connect's errors."""
+        # A readiness probe waits at most `probe_wait` seconds behind signups, and isn't counted.
         deadline = monotonic() + timeout
-        with self._metrics.pool_wait.time():
-            self._wait_for_turn(deadline)
-            connection = self._take(deadline)
+        with nullcontext() if probe_wait else self._metrics.pool_wait.time():
+            turn = self._wait_for_turn(probe_wait or timeout, signup=not probe_wait)
+            try:
+                connection = self._live_connection(turn, deadline)
+            except BaseException:
+                self._end_turn(turn)
+                raise
+        connection.used = monotonic()
         try:
             yield connection
         except psycopg2.Error as error:
-            if connection.closed or isinstance(error, ReadOnlySqlTransaction):
+            if connection.closed or isinstance(error, errors.ReadOnlySqlTransaction):
                 self._drop(connection.used)
             raise
         finally:
-            self.putconn(connection, close=connection.opened < self._trusted)
-            self._end_turn()
+            self._end_turn(connection)
 
-    def _wait_for_turn(self, deadline: float) -> None:
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            turn = threading.Event()
-            self._waiting.append(turn)
-        if not turn.wait(deadline - monotonic()):
-            with self._lock:
-                if not turn.is_set():  # not even since the timeout
-                    self._waiting.remove(turn)
-                    self._metrics.pool_timeouts.inc()
-                    raise PoolError("no connection came free in time")
-
-    def _end_turn(self) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._free += 1
-
-    def _take(self, deadline: float) -> Connection:
+    def _wait_for_turn(self, seconds: float, signup: bool) -> Connection | None:
+        with self._guard:
+            if self._turns:
+                return self._turns.pop()
+            waiter: Future[Connection | None] = Future()
+            self._waiting.append(waiter)
         try:
-            connection = self._idle(deadline) or connect(self._config, deadline)
-        except BaseException:
-            self._end_turn()
-            raise
-        connection.used = monotonic()
-        with self._lock:
-            key = self._rused[id(connection)] = id(connection)
-            self._used[key] = connection
-        return connection
+            with self._metrics.pool_waiting.track_inprogress() if signup else nullcontext():
+                return waiter.result(seconds)
+        except BaseException as error:
+            if not waiter.cancel():  # its turn came just now
+                self._end_turn(waiter.result())
+            if not isinstance(error, TimeoutError):
+                raise
+            if signup:
+                self._metrics.pool_timeouts.inc()
+            raise PoolError("no connection came free in time") from None
 
-    def _idle(self, deadline: float) -> Connection | None:
-        while True:
-            with self._lock:
-                if not self._pool:
-                    return None
-                connection, now = self._pool.pop(), monotonic()
+    def _end_turn(self, turn: Connection | None) -> None:
+        with self._guard:
+            idle = turn and turn.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE
+            if turn and (not idle or turn.opened < self._valid_from):
+                turn.close()
+            while self._waiting:
+                waiter = self._waiting.popleft()
+                if waiter.set_running_or_notify_cancel():
+                    waiter.set_result(turn)
+                    return
+            self._turns.insert(len(self._turns) if turn and not turn.closed else 0, turn)
+
+    def _live_connection(self, turn: Connection | None, deadline: float) -> Connection:
+        if turn and not turn.closed:
+            now = monotonic()
             try:
-                connection.poll()  # reads the server's last message, if any
-                connection.poll()  # detects that the server closed the connection
-                if now > connection.used + PING_AFTER:
-                    connection.deadline = min(now + PING_TIMEOUT, (now + deadline) / 2)
-                    with connection.cursor() as cursor:
+                turn.poll()  # reads the server's last message, if any
+                turn.poll()  # detects that the server closed the connection
+                if now > turn.used + PING_AFTER:
+                    turn.deadline = min(now + PING_TIMEOUT, (now + deadline) / 2)
+                    with turn.cursor() as cursor:
                         cursor.execute("SELECT 1")
-                return connection
+                return turn
             except psycopg2.Error:
+                turn.close()
                 self._drop(now)
+        new = connect(self._config, deadline)
+        with self._guard:
+            if turn:
+                self.putconn(turn, close=True)
+            self._opened.append(new)
+            self.getconn()  # counts it, and closeall() will close it
+        return new
 
     def _drop(self, moment: float) -> None:
-        """Close connections opened before `moment`: idle ones now, the others when returned."""
-        with self._lock:
-            self._trusted = max(self._trusted, moment)
-            for idle in [each for each in self._pool if each.opened < moment]:
-                self._pool.remove(idle)
-                idle.close()
+        """Close connections opened before `moment`: idle ones now, others when they come back."""
+        with self._guard:
+            self._valid_from = max(self._valid_from, moment)
+            for turn in self._turns:
+                if turn and turn.opened < self._valid_from:
+                    turn.close()
 
     def _sample(self) -> None:
         pause = threading.Event()
         while not pause.wait(self._config.metrics_sample_interval):
-            with self._lock:
-                in_use, idle = len(self._used), len(self._pool)
+            with self._guard:
+                in_use = self.maxconn - len(self._turns)
+                idle = sum(bool(turn and not turn.closed) for turn in self._turns)
             for state, count in (("in_use", in_use), ("idle", idle), ("open", in_use + idle)):
                 self._metrics.connections[state].set(count)

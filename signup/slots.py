@@ -1,8 +1,7 @@
 """Worker slots: prometheus_client's multiprocess mode, with files that new workers reuse.
 
-The library never deletes the files of a process id, so the folder and the scrape grow with each
-new worker (client_python issues 275, 367, 568). Here a worker takes the lowest free slot number and
-continues its counters. The master frees a slot only once its worker is reaped: none is shared.
+The library keeps files for each process id, without bound (client_python issues 275, 367, 568).
+Here a worker continues the counters of the lowest slot that no worker holds: none is shared.
 """
 
 import os
@@ -16,7 +15,7 @@ import psutil
 from prometheus_client import values
 
 MASTER = "master"  # replaces the slot number in the names of the master's files
-MASTER_FILES = (f"counter_{MASTER}.db", f"gauge_max_{MASTER}.db")
+MASTER_FILE = f"counter_{MASTER}.db"
 FILES = ("counter_{}.db", "histogram_{}.db", "gauge_livesum_{}.db")  # of each slot
 FILE_SIZE = 65536  # bytes; a worker's metrics fill a fifth of it
 
@@ -37,10 +36,10 @@ class Slot(NamedTuple):
     def prepare(self, user: int, group: int) -> bool:
         """Create missing files; return whether the master's were among them. Raises OSError."""
         folder = Path(self.folder)
-        missing = not (folder / MASTER_FILES[0]).exists()
+        missing = not (folder / MASTER_FILE).exists()
         folder.mkdir(parents=True, exist_ok=True)
         os.chown(folder, user, group)
-        for name in (*MASTER_FILES, *(file.format(self.number) for file in FILES)):
+        for name in (MASTER_FILE, *(file.format(self.number) for file in FILES)):
             if not (folder / name).exists():
                 with (folder / "new").open("wb") as new:
                     os.posix_fallocate(new.fileno(), 0, FILE_SIZE)  # a full disk later is a SIGBUS

@@ -3,30 +3,26 @@
 import functools
 import json
 import re
-import unicodedata
+from contextlib import suppress
 from typing import NamedTuple
+from unicodedata import category, normalize
 
 from email_validator import EmailNotValidError, validate_email
+from werkzeug.exceptions import BadRequest
 
 MAX_LENGTHS = {"email": 254, "first_name": 100, "last_name": 100}  # characters; RFC 5321, 4.5.3.1.3
 # An email with such a local part is valid if its domain is, and domains can be cached.
 PLAIN_LOCAL_PART = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
 # Control characters, lone surrogates, line and paragraph separators, and format characters, which
 # can make one name look like another (U+202E). Persian and Indic names need two: the joiners.
-FORBIDDEN_CATEGORIES = {"Cc", "Cs", "Cf", "Zl", "Zp"}
-JOINERS = "\u200c\u200d"
-# White space, Unicode's Default_Ignorable_Code_Point (version 17, UAX #44), and other characters
-# whose name says that the glyph is blank: in Braille, music, Khitan and hieroglyphs.
+FORBIDDEN, JOINERS = {"Cc", "Cs", "Cf", "Zl", "Zp"}, "\u200c\u200d"
+# White space, Default_Ignorable_Code_Point (Unicode 17), and glyphs that are blank by their name.
 INVISIBLE = re.compile(
     "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
     "\u2800\U0001d159\U00016fe4\U00013441\U00013442]*"
 )
-
-
-class InvalidBody(Exception):
-    """The body is not a JSON object with string fields."""
 
 
 class InvalidField(Exception):
@@ -42,22 +38,25 @@ class Signup(NamedTuple):
 
 
 def parse_signup(body: bytes) -> Signup:
-    """Parse a UTF-8 JSON body. Raises InvalidBody, or InvalidField for the first invalid field."""
+    """Parse a UTF-8 JSON body. Raises BadRequest, or InvalidField for the first invalid field."""
     try:
         fields = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise InvalidBody from error
+        raise BadRequest from error
     if not isinstance(fields, dict):
-        raise InvalidBody
+        raise BadRequest
     texts = {name: fields.get(name, "") for name in Signup._fields}
     if not all(isinstance(text, str) for text in texts.values()):
-        raise InvalidBody
+        raise BadRequest
     return Signup(*(_field(name, text.strip()) for name, text in texts.items()))
 
 
 def fold_email(email: str) -> str:
-    """Fold letter case (Unicode, D145) independently of a locale, unlike PostgreSQL's lower()."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", email).casefold())
+    """Fold the local part's letter case (Unicode, D145), in every database's locale alike."""
+    local, _, domain = email.rpartition("@")
+    with suppress(EmailNotValidError):  # of an older table
+        domain = _domain(domain)  # not folded, as straße.de and strasse.de are two
+    return f"{normalize('NFC', normalize('NFD', local).casefold())}@{domain}"
 
 
 def _field(field: str, text: str) -> str:
@@ -66,14 +65,10 @@ def _field(field: str, text: str) -> str:
         raise InvalidField(field, f"{label} is required")
     if len(text) > limit:
         raise InvalidField(field, f"{label} must be at most {limit} characters")
-    if not text.isprintable():
-        categories = {unicodedata.category(char) for char in text if char not in JOINERS}
-        if categories & FORBIDDEN_CATEGORIES:
-            raise InvalidField(field, f"{label} must not contain control or invisible characters")
-    return _email(text) if field == "email" else text
-
-
-def _email(text: str) -> str:
+    if not text.isprintable() and FORBIDDEN & {category(c) for c in text if c not in JOINERS}:
+        raise InvalidField(field, f"{label} must not contain control or invisible characters")
+    if field != "email":
+        return text
     local, _, domain = text.rpartition("@")
     try:
         if len(local) <= 64 and text.isascii() and PLAIN_LOCAL_PART.fullmatch(local):

@@ -1,7 +1,6 @@
 """The HTTP contract: the endpoints, and the response to each failure."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from psycopg2.pool import PoolError
 from werkzeug import exceptions
 
 from .database import Database
-from .validation import InvalidBody, InvalidField, parse_signup
+from .validation import InvalidField, parse_signup
 
 # The status, the metrics' error_type, and the message to the client.
 ERRORS: dict[type[Exception], tuple[int, str, str]] = {
-    InvalidBody: (400, "invalid_json", "invalid request body"),
     exceptions.HTTPException: (400, "invalid_json", "invalid request body"),  # any not listed here
     exceptions.RequestEntityTooLarge: (413, "invalid_json", "request body too large"),
     InvalidField: (400, "validation", ""),  # the exception contains the message
@@ -27,7 +25,7 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     PoolError: (503, "database", "service is busy, retry later"),
     Exception: (500, "internal", "internal server error"),
 }
-OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
+OPENAPI = json.loads(Path(__file__).with_name("openapi.json").read_text())
 
 
 def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
@@ -48,18 +46,6 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
             raise exceptions.Conflict
         return _json({"message": "user created successfully", "user": user}, 201)
 
-    @app.get("/")
-    def welcome() -> Response:
-        return _json({"message": "welcome"})
-
-    @app.get("/healthz")
-    def healthz() -> Response:
-        return _json({"status": "ok"})
-
-    @app.get("/openapi.json")
-    def openapi() -> Response:
-        return Response(OPENAPI, mimetype="application/json")
-
     @app.get("/readyz")
     def readyz() -> Response:
         try:
@@ -69,39 +55,40 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
             return _json({"status": "database unavailable"}, 503)
         return _json({"status": "ok"})
 
-    def failed(status: int, error_type: str, message: str, error: Exception) -> Response:
-        g.error_type = error_type  # counted by the after-request hook in metrics.py
+    app.add_url_rule("/", "index", lambda: _json({"message": "welcome"}))
+    app.add_url_rule("/healthz", "healthz", lambda: _json({"status": "ok"}))
+    app.add_url_rule("/openapi.json", "openapi", lambda: _json(OPENAPI))
+
+    @app.errorhandler(Exception)
+    def failed(error: Exception) -> Response:
+        kind = next(kind for kind in type(error).__mro__ if kind in ERRORS)
+        status, g.error_type, message = ERRORS[kind]  # counted by the hook in metrics.py
         response = _json({"error": message}, status)
         if isinstance(error, InvalidField):
-            g.field, what = error.args
-            response = _json({"error": what, "field": g.field}, status)
+            g.field, message = error.args
+            response = _json({"error": message, "field": g.field}, status)
         elif isinstance(error, exceptions.MethodNotAllowed):
             response.headers["Allow"] = ", ".join(error.valid_methods or ())
         elif isinstance(error, PoolError):
             response.headers["Retry-After"] = "1"
-        if error_type == "database":
+        if g.error_type == "database":
             database.report(error)
-        elif error_type == "internal":
+        elif g.error_type == "internal":
             g.unexpected = error  # logged with its traceback in logs.py
         return response
-
-    for kind, answer in ERRORS.items():
-        app.register_error_handler(kind, partial(failed, *answer))
 
 
 def _body(environ: dict[str, Any], limit: int) -> bytes:
     # Bypass werkzeug, which silently truncates a long body and accepts an incomplete one.
     length = int(environ.get("CONTENT_LENGTH") or 0)  # absent from a chunked request
-    if length > limit:
-        raise exceptions.RequestEntityTooLarge
     try:
-        body: bytes = environ["wsgi.input"].read(length or limit + 1)
+        body: bytes = environ["wsgi.input"].read(length or limit + 1) if length <= limit else b""
     except (OSError, ParseException) as error:  # malformed chunks
-        raise InvalidBody from error
-    if len(body) > limit:
+        raise exceptions.BadRequest from error
+    if max(length, len(body)) > limit:
         raise exceptions.RequestEntityTooLarge
     if len(body) < length:
-        raise InvalidBody
+        raise exceptions.BadRequest
     return body
 
 

@@ -63,6 +63,12 @@ class Postgres:
         """Return the superuser's URL of the database in `url`."""
         return re.sub("//[^@]*@", "//postgres@", url)
 
+    def dump(self, url: str) -> list[str]:
+        """Return pg_dump's lines for the database in `url`: all that it contains."""
+        file = self.server.home / "socket" / "dump.sql"  # a folder of the server's user
+        self.server.run("pg_dump", "--file", file, "--dbname", self.admin_url(url))
+        return [line for line in file.read_text().splitlines() if "restrict " not in line]
+
     def connections(self, url: str) -> set[int]:
         """Return the pids of the backends on the database in `url`, except those of tests."""
         name = urlsplit(url).path[1:]

@@ -1,11 +1,12 @@
-"""Background load during a `with` block: clients that sign up, and scrapers."""
+"""Background load during a `with` block: clients that sign up, scrapers, and other actions."""
 
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from statistics import median
-from typing import Self
+from typing import NamedTuple, Self
 
 import requests
 
@@ -47,31 +48,72 @@ class Background(ABC):
         """Do one iteration; thread `number` and iteration `turn` count from 0."""
 
 
-class Signups(Background):
-    """Signups over keep-alive connections: of ten, eight are new, one invalid, one a duplicate.
+class Repeated(Background):
+    """A thread that repeats `action`."""
 
-    `acknowledged` lists the emails that got a 201, `unanswered` counts the requests without an
-    HTTP response by error, and `slowest` is the longest response time in seconds.
-    """
+    def __init__(self, action: Callable[[], object]) -> None:
+        super().__init__(1)
+        self._action = action
+
+    def step(self, session: requests.Session, number: int, turn: int) -> None:
+        self._action()
+
+
+class Answer(NamedTuple):
+    """What a client got for a signup. The times are those of `time.monotonic`."""
+
+    sent: float
+    done: float
+    status: int | str  # or the error that came instead of a response
+    email: str
+
+
+class Signups(Background):
+    """Signups over keep-alive connections: of ten, eight are new, one invalid, one a duplicate."""
 
     def __init__(self, service: Client, clients: int = 8, name: str = "load") -> None:
         super().__init__(clients)
         self._service = service
         self._name = name
-        self.acknowledged: list[str] = []
-        self.unanswered: Counter[str] = Counter()
-        self.slowest = 0.0
+        self._answers: list[Answer] = []
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         email = f"{self._name}-{number}-{turn - (turn % 10 == 9)}@example.com"
-        body = USER | {"email": "bad" if turn % 10 == 5 else email}
-        started = time.perf_counter()
+        self.sign_up("bad" if turn % 10 == 5 else email, session)
+
+    def sign_up(self, email: str, session: requests.Session | None = None) -> Answer:
+        """Send a signup, by default over a new connection; any response must be JSON."""
+        sent = time.monotonic()
+        status: int | str
         try:
-            if self._service.signup(session=session, json=body).status_code == 201:
-                self.acknowledged.append(email)
-            self.slowest = max(self.slowest, time.perf_counter() - started)
+            response = self._service.signup(session=session, json=USER | {"email": email})
+            assert response.headers["Content-Type"] == "application/json", response.text
+            response.json()
+            status = response.status_code
         except requests.RequestException as error:
-            self.unanswered[repr(error)] += 1
+            status = repr(error)
+        self._answers.append(Answer(sent, time.monotonic(), status, email))
+        return self._answers[-1]
+
+    @property
+    def answers(self) -> list[Answer]:
+        """What the clients got so far."""
+        return self._answers.copy()
+
+    @property
+    def acknowledged(self) -> list[str]:
+        """The emails that got a 201."""
+        return [answer.email for answer in self.answers if answer.status == 201]
+
+    @property
+    def unanswered(self) -> Counter[str]:
+        """The number of requests without a response, by error."""
+        return Counter(answer.status for answer in self.answers if isinstance(answer.status, str))
+
+    @property
+    def slowest(self) -> float:
+        """The longest time until a response, in seconds."""
+        return max(a.done - a.sent for a in self.answers if isinstance(a.status, int))
 
 
 class Scraper(Background):

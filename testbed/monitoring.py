@@ -17,7 +17,29 @@ from .programs import Program
 STAGING = "signup-server-staging"
 
 
-class MonitoringProgram(Program):
+class MonitoringApi:
+    """The HTTP API of Prometheus, or of another server of its project, at `url`."""
+
+    url: str
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """Return the JSON that the HTTP API responds with."""
+        response = requests.get(self.url + path, params=parameters, timeout=30)
+        assert response.ok, response.text
+        return response.json()
+
+    def query(self, query: str, time: float | None = None) -> dict[str, float]:
+        """Return the values of an instant query by their label values, joined by commas.
+
+        `time` is the evaluation time in seconds since 1970. Raises AssertionError if Prometheus
+        rejects the query.
+        """
+        parameters = {"query": query} | ({"time": time} if time else {})
+        result = self.get("/api/v1/query", **parameters)["data"]["result"]
+        return {_name(sample["metric"]): float(sample["value"][1]) for sample in result}
+
+
+class MonitoringProgram(Program, MonitoringApi):
     """A server of the Prometheus project."""
 
     ready = "/-/ready"
@@ -26,12 +48,6 @@ class MonitoringProgram(Program):
         found = re.search(r'msg="Listening on".* address=(\S+)', self.log())
         url = found and f"http://{found[1]}"
         return url if url and requests.get(url + self.ready, timeout=10).ok else None
-
-    def get(self, path: str, **parameters: Any) -> Any:
-        """Return the JSON that the HTTP API responds with."""
-        response = requests.get(self.url + path, params=parameters, timeout=30)
-        assert response.ok, response.text
-        return response.json()
 
 
 class Alertmanager(MonitoringProgram):
@@ -144,31 +160,6 @@ class Prometheus(MonitoringProgram):
     def reload(self) -> None:
         """Reload the configuration."""
         self.send_signal(signal.SIGHUP)
-
-    def query(self, query: str, time: float | None = None) -> dict[str, float]:
-        """Return the values of an instant query by their label values, joined by commas.
-
-        `time` is the evaluation time in seconds since 1970. Raises AssertionError if Prometheus
-        rejects the query.
-        """
-        parameters = {"query": query} | ({"time": time} if time else {})
-        result = self.get("/api/v1/query", **parameters)["data"]["result"]
-        return {_name(sample["metric"]): float(sample["value"][1]) for sample in result}
-
-    def query_range(
-        self, query: str, start: float, end: float, step: float
-    ) -> dict[str, list[tuple[float, float]]]:
-        """Return the times and values of a range query, keyed as in `query`.
-
-        `start` and `end` are in seconds since 1970, `step` in seconds.
-        """
-        result = self.get("/api/v1/query_range", query=query, start=start, end=end, step=step)[
-            "data"
-        ]["result"]
-        return {
-            _name(series["metric"]): [(time, float(value)) for time, value in series["values"]]
-            for series in result
-        }
 
     def backfill(self, samples: str) -> None:
         """Import past samples in OpenMetrics format; Prometheus restarts."""

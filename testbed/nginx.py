@@ -8,7 +8,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from . import ROOT
-from .programs import Program, free_port
+from .programs import Program, free_port, listens
 from .service import Client, Samples, Service
 
 
@@ -32,7 +32,7 @@ class Nginx(Program, Client):
 
     def __init__(self, *services: Service) -> None:
         super().__init__()
-        self._services = services
+        self.services = services
         self._addresses = itertools.count(127 << 24 | 1 << 16)
 
     def command(self) -> list[str]:
@@ -43,7 +43,7 @@ class Nginx(Program, Client):
         (self.folder / "nginx.conf").write_text(text)
         replicas = [
             f"server {service.url.removeprefix('http://')} fail_timeout=5s;\n"
-            for service in self._services
+            for service in self.services
         ]
         (self.folder / "replicas.conf").write_text("".join(replicas))
         # Debian's nginx opens its default log before it reads the configuration.
@@ -51,11 +51,7 @@ class Nginx(Program, Client):
         return ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *options]
 
     def address(self) -> str | None:
-        try:
-            socket.create_connection(("127.0.0.1", self._port)).close()
-        except ConnectionRefusedError:
-            return None
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self._port}" if listens(self._port) else None
 
     def signup(self, method: str = "POST", **options: Any) -> requests.Response:
         """Send a request to /signup over a new connection, from `address` or a new address."""
@@ -67,7 +63,7 @@ class Nginx(Program, Client):
 
     def metrics(self, openmetrics: bool = False) -> Samples:
         totals = Samples()
-        for service in self._services:
+        for service in self.services:
             for key, value in service.metrics(openmetrics).items():
                 totals[key] = totals.get(key, 0) + value
         return totals

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from . import ROOT
 from .database import Postgres
-from .programs import Program, free_port
+from .programs import Program, free_port, listens
 
 POOL = 3  # connections to PostgreSQL
 
@@ -16,11 +16,13 @@ POOL = 3  # connections to PostgreSQL
 class PgBouncer(Program):
     """PgBouncer with deploy/pgbouncer.ini, except for its addresses and pool size.
 
-    `url` leads through PgBouncer to the database in `direct`, a URL of `postgres`.
+    `url` leads through PgBouncer to the database in `direct`, a URL of `postgres`. `settings` are
+    added to its configuration.
     """
 
-    def __init__(self, postgres: Postgres, direct: str) -> None:
+    def __init__(self, postgres: Postgres, direct: str, **settings: str | Path) -> None:
         self._postgres = postgres
+        self._settings = "".join(f"{name} = {value}\n" for name, value in settings.items())
         self._parts = urlsplit(direct)
         self._port = free_port()
 
@@ -38,16 +40,14 @@ class PgBouncer(Program):
         ):
             text, count = re.subn(rf"(?m)^{setting} = .*", f"{setting} = {value}", text)
             assert count == 1
-        (self.folder / "pgbouncer.ini").write_text(text.replace("\nsignup =", f"\n{name} ="))
+        text = text.replace("\nsignup =", f"\n{name} =") + self._settings
+        (self.folder / "pgbouncer.ini").write_text(text)
         (self.folder / "userlist.txt").write_text(f'"{user}" "{self._parts.password}"\n')
         if account := self.account():
             os.chown(self.folder, account["user"], account["group"])
         return ["pgbouncer", "pgbouncer.ini"]
 
     def address(self) -> str | None:
-        try:
-            socket.create_connection(("127.0.0.1", self._port)).close()
-        except ConnectionRefusedError:
-            return None
         login = f"{self._parts.username}:{self._parts.password}"
-        return f"postgresql://{login}@127.0.0.1:{self._port}{self._parts.path}"
+        url = f"postgresql://{login}@127.0.0.1:{self._port}{self._parts.path}"
+        return url if listens(self._port) else None

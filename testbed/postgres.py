@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
+import psycopg2
+from psycopg2.extensions import parse_dsn
+
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that stop the service
 SOCKET_NAME = ".s.PGSQL.5432"
@@ -91,32 +94,26 @@ class EmbeddedPostgres:
             return True
         return False
 
-    def run(self, program: str, *arguments: str | Path) -> None:
-        """Run a PostgreSQL program as the owner of the data; raises EmbeddedError."""
+    def run(self, program: str, *arguments: str | Path) -> str:
+        """Run a PostgreSQL program as the owner of the data; return its output.
+
+        Raises EmbeddedError.
+        """
         with tempfile.TemporaryFile() as output:  # a pipe would stay open in the server
             command = [self._programs / program, *arguments]
-            done = subprocess.run(  # checked below
-                command,
-                check=False,
-                cwd=self.home,
-                env={},
-                stdout=output,
-                stderr=output,
-                **self.account(),
-            )
-            if done.returncode:
-                output.seek(0)
-                text = output.read().decode(errors="replace").strip()
-                raise EmbeddedError(f"embedded PostgreSQL: {program} failed: {text}")
+            account = self.account() | {"cwd": self.home, "env": {}}
+            done = subprocess.run(command, stdout=output, stderr=output, **account)  # checked below
+            output.seek(0)
+            text = output.read().decode(errors="replace").strip()
+        if done.returncode:
+            raise EmbeddedError(f"embedded PostgreSQL: {program} failed: {text}")
+        return text
 
     def _initialise(self) -> None:
         # Renamed once complete, so that an interrupted start leaves no partial cluster.
         new = self.home / "data.new"
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(mode=0o700)
-        account = self.account()
-        if account:
-            os.chown(new, account["user"], account["group"])
+        self._make_folder(new)
         # The builtin locale folds the case of every letter, not only of ASCII, on every system.
         locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
         options = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
@@ -132,14 +129,16 @@ class EmbeddedPostgres:
         # unix(7) limits the length; other characters need quoting in the shell or in the setting.
         if len(path) > MAX_SOCKET_PATH or not re.fullmatch(r"[A-Za-z0-9_./-]+", path):
             folder = Path(tempfile.mkdtemp(prefix="signup-", dir="/tmp"))
-        folder.mkdir(mode=0o700, exist_ok=True)
-        account = self.account()
-        if account:
-            os.chown(folder, account["user"], account["group"])
+        self._make_folder(folder)
         # The log would quote emails and names: failed statements, and the rows in DETAIL lines.
         private = "-c log_min_error_statement=panic -c log_error_verbosity=terse"
         options = f"-c listen_addresses= -c unix_socket_directories={folder} {private}"
         self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-o", options, "-w", "start")
+
+    def _make_folder(self, path: Path) -> None:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if account := self.account():
+            os.chown(path, account["user"], account["group"])
 
     def _socket_folder(self) -> Path:
         return Path((self.data / "postmaster.pid").read_text().splitlines()[4])
@@ -206,7 +205,11 @@ def main(*command: str) -> int:
     """Run `command` with an embedded PostgreSQL and return its exit status."""
     # gunicorn fails on an empty WEB_CONCURRENCY, before it reads the configuration file.
     env = {name: value for name, value in os.environ.items() if value or name != "WEB_CONCURRENCY"}
-    if env.get("DATABASE_URL"):
+    if url := env.get("DATABASE_URL", "").strip():
+        with contextlib.suppress(psycopg2.ProgrammingError):  # the service says what is wrong
+            dsn = parse_dsn(url)
+            place = f"{dsn.get('dbname', '?')} on {dsn.get('host', 'the default server')}"
+            print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
         return _run(command, env)
     received: list[int] = []
     for number in SIGNALS:

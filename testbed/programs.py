@@ -26,6 +26,7 @@ PACKAGES = {  # Debian packages by program
     "debootstrap": "debootstrap",
     "slirp4netns": "slirp4netns",
     "ip": "iproute2",
+    "openssl": "openssl",
 }
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # a user's PATH lacks sbin
 
@@ -52,6 +53,13 @@ def free_port() -> int:
         port = random.randrange(10_000, 32_768)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def listens(port: int) -> bool:
+    """Return whether a program accepts connections on `port` of 127.0.0.1."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def is_alive(pid: int) -> bool:

@@ -1,26 +1,34 @@
-"""A TCP relay to a PostgreSQL server, which can switch to another server or go silent."""
+"""A TCP relay to a server, which can switch to another server, delay the traffic or go silent."""
 
 import contextlib
 import socket
 import threading
+import time
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 from .database import Postgres
+from .pgbouncer import PgBouncer
 from .postgres import SOCKET_NAME
 
 
 class Relay:
-    """Forwards a `port` of 127.0.0.1 to a server during a `with` block."""
+    """Forwards a `port` of `host` to a server during a `with` block.
 
-    def __init__(self, server: Postgres) -> None:
+    `delay` is the time that data takes in each direction, in seconds.
+    """
+
+    def __init__(
+        self, server: Postgres | PgBouncer, host: str = "127.0.0.1", delay: float = 0
+    ) -> None:
+        self._host, self._delay = host, delay
         self._lock = threading.Lock()
-        self._pairs: dict[tuple[socket.socket, socket.socket], Postgres] = {}
+        self._pairs: dict[tuple[socket.socket, socket.socket], Postgres | PgBouncer] = {}
         self._silent: set[tuple[socket.socket, socket.socket]] = set()
         self.move(server)
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server((self._host, 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
         return self
@@ -31,7 +39,7 @@ class Relay:
         for pair in list(self._pairs):
             self._close(pair)
 
-    def move(self, server: Postgres) -> None:
+    def move(self, server: Postgres | PgBouncer) -> None:
         """Forward new connections to `server`; open ones keep their server."""
         self._server = server
 
@@ -53,10 +61,13 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            target = socket.socket(socket.AF_UNIX)
-            folder = parse_qs(urlsplit(self._server.url).query)["host"][0]
+            parts = urlsplit(self._server.url)
+            folders = parse_qs(parts.query).get("host")  # of a Unix socket
+            target = socket.socket(socket.AF_UNIX if folders else socket.AF_INET)
             try:
-                target.connect(f"{folder}/{SOCKET_NAME}")
+                target.connect(
+                    f"{folders[0]}/{SOCKET_NAME}" if folders else (parts.hostname, parts.port)
+                )
             except OSError:  # the server is down
                 client.close()
                 target.close()
@@ -69,14 +80,12 @@ class Relay:
                 ).start()
 
     def _forward(
-        self,
-        pair: tuple[socket.socket, socket.socket],
-        source: socket.socket,
-        sink: socket.socket,
+        self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket
     ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if pair not in self._silent:
+                    time.sleep(self._delay)
                     sink.sendall(data)
         if pair not in self._silent or source is pair[0]:  # a client must not see the server close
             self._close(pair)

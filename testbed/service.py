@@ -5,15 +5,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -22,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from . import ROOT, wait_until
 from .postgres import home_for
+from .programs import is_alive
 
 GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -66,6 +69,11 @@ class Client:
         self.answers: Counter[int] = Counter()
         self._lock = threading.Lock()
 
+    def connect(self) -> socket.socket:
+        """Open a connection, for requests that are not sent by an HTTP client."""
+        address = urlsplit(self.url)
+        return socket.create_connection((str(address.hostname), address.port or 80), timeout=30)
+
     def get(self, path: str, **options: Any) -> requests.Response:
         options["headers"] = CLOSE | options.get("headers", {})
         return requests.get(self.url + path, timeout=30, **options)
@@ -96,26 +104,27 @@ class Client:
             for sample in family.samples
         )
 
-    def wait_for(self, **values: float) -> Samples:
-        """Return the first scrape in which these metrics without labels have these values."""
+    def first_scrape(self, condition: Callable[[Samples], bool]) -> Samples:
+        """Return the first scrape that meets `condition`."""
 
         def scrape() -> Samples | None:
             now = self.metrics()
-            return now if all(now.get_value(n) == value for n, value in values.items()) else None
+            return now if condition(now) else None
 
         return wait_until(scrape)
 
+    def wait_for(self, **values: float) -> Samples:
+        """Return the first scrape in which these metrics without labels have these values."""
+        return self.first_scrape(lambda now: all(now.get_value(n) == values[n] for n in values))
+
     def quiet_metrics(self) -> Samples:
         """Return the first scrape with no request in flight and no connection in use."""
-
-        def quiet() -> Samples | None:
-            now = self.metrics()
-            busy = now.total("signup_requests_in_flight") + now.total(
-                "database_connections", state="in_use"
+        return self.first_scrape(
+            lambda now: (
+                now.total("signup_requests_in_flight") == 0
+                and now.total("database_connections", state="in_use") == 0
             )
-            return None if busy else now
-
-        return wait_until(quiet)
+        )
 
     def check_equalities(self, rows: int) -> None:
         """Check what docs/metrics.md says always holds; `rows` is the number of rows in `users`."""
@@ -194,6 +203,12 @@ class Service(Client):
         """Send a signal to the master and return its exit status."""
         self.process.send_signal(number)
         return self.wait()
+
+    def reload(self) -> None:
+        """Send HUP to the master, and wait until the old workers have stopped."""
+        old = self.worker_pids()
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not any(map(is_alive, old)), timeout=40)
 
     def press_ctrl_c(self) -> int:
         """Send SIGINT as a terminal does, to every process, and return the exit status."""

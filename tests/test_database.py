@@ -6,17 +6,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from shutil import which
+from typing import Any
 
 import pytest
 
 from drills.faults import TIMEOUTS, durability_drill, fault_drill
-from signup.config import Config
 from signup.database import GRACE
-from signup.metrics import Metrics
-from signup.pool import Pool
 from testbed import wait_until
-from testbed.database import Postgres, execute, locked_table
-from testbed.faults import FAULTS, end_connections
+from testbed.database import Postgres, count_users, execute, locked_table
+from testbed.faults import FAULTS, end_connections, paused
 from testbed.load import Signups
 from testbed.service import USER, Service, refused_start, user
 
@@ -47,6 +45,9 @@ def test_service_answers_counts_logs_and_survives_a_fault(
     if fault == "disk full" and not which("prlimit"):
         pytest.skip("needs the program prlimit (util-linux)")
     report = fault_drill(fragile, server, fragile_url, fault, failures=16)
+    # The promises are 3 s, with both timeouts at 1 s, and 2 s; this machine may be busy.
+    assert report.slowest < 6
+    assert report.ready_seconds < 4
     assert report.answers.keys() <= {201, 400, 409, 500, 503}
     assert report.healthz == 200
     answering = fault in ("table locked", "disk full")
@@ -156,45 +157,6 @@ def test_connections_are_reused_and_stay_within_the_budget(server: Postgres) -> 
         )
 
 
-OLDER_TABLE = """
-CREATE TABLE users (
-    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    email      text NOT NULL CHECK (char_length(email) <= 254),
-    first_name text NOT NULL CHECK (char_length(first_name) <= 100),
-    last_name  text NOT NULL CHECK (char_length(last_name) <= 100),
-    created_at timestamptz NOT NULL DEFAULT now(),
-    updated_at timestamptz NOT NULL DEFAULT now()
-);
-CREATE UNIQUE INDEX users_email_key ON users (lower(email));
-"""
-
-
-def test_table_of_an_older_version_is_migrated(postgres: Postgres) -> None:
-    url = postgres.new_database(locale="C")
-    execute(url, OLDER_TABLE)
-    old = "INSERT INTO users (email, first_name, last_name)"
-    execute(
-        url, f"{old} SELECT 'N' || n || '@example.com', 'A', 'B' FROM generate_series(1, 2500) n"
-    )
-    # In locale C, the old index treats these two as different emails.
-    execute(url, f"{old} VALUES ('JOSÉ@example.com', 'A', 'B'), ('josé@example.com', 'C', 'D')")
-    before = execute(url, "SELECT id, email, first_name, last_name FROM users ORDER BY id")
-    for _ in range(2):  # the second start finds nothing to migrate
-        with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
-            for email in ("n7@example.com", "N2500@EXAMPLE.com", "JosÉ@example.com"):
-                assert service.signup(json=USER | {"email": email}).status_code == 409
-            # The INSERT of an older instance, which may still run, keeps working.
-            email = f"OLD{time.monotonic_ns()}@example.com"
-            conflict = "ON CONFLICT (lower(email)) DO NOTHING"
-            execute(url, f"{old} VALUES ('{email}', 'A', 'B') {conflict}")
-            assert service.signup(json=USER | {"email": email.lower()}).status_code == 409
-            new = f"new{time.monotonic_ns()}@example.com"
-            assert service.signup(json=USER | {"email": new}).status_code == 201
-    after = execute(url, "SELECT id, email, first_name, last_name FROM users ORDER BY id")
-    assert after[: len(before)] == before
-    assert execute(url, "SELECT count(*) FROM users WHERE email_folded IS NULL") == [(2,)]
-
-
 @pytest.mark.parametrize("locale", ["C", "builtin C.UTF-8", "tr_TR.utf8"])
 def test_email_is_unique_in_any_letter_case_and_locale(postgres: Postgres, locale: str) -> None:
     url = postgres.new_database(locale=locale)
@@ -212,6 +174,36 @@ def test_email_is_unique_in_any_letter_case_and_locale(postgres: Postgres, local
         assert stored[0] == ("MIKE@example.com",)
 
 
+def test_statement_timeout_is_the_servers_too(url: str) -> None:
+    active = (
+        "SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%INSERT INTO%'"
+    )
+    with Service(
+        DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_STATEMENT_TIMEOUT="0.5"
+    ) as service:
+        with locked_table(url):
+            assert service.signup(json=USER).status_code == 500
+            assert execute(url, f"{active} AND pid <> pg_backend_pid()") == []
+        assert "QueryCanceled" in service.log()
+        assert service.signup(json=USER).status_code == 201
+
+
+def test_signups_of_a_paused_server_are_rows_that_no_client_was_promised(server: Postgres) -> None:
+    url = server.new_database()
+    settings: dict[str, Any] = {"DATABASE_STATEMENT_TIMEOUT": "1", "WEB_CONCURRENCY": "1"}
+    with Service(DATABASE_URL=url, **settings) as service, ThreadPoolExecutor(6) as executor:
+        with locked_table(url):  # so that six connections are open
+            first = [executor.submit(service.signup, json=user(f"a{n}")) for n in range(6)]
+            wait_until(lambda: len(server.connections(url)) == 6)
+        assert [answer.result().status_code for answer in first] == [201] * 6
+        with paused(server, url):
+            late = [executor.submit(service.signup, json=user(f"b{n}")) for n in range(6)]
+            assert [answer.result().status_code for answer in late] == [500] * 6
+        wait_until(lambda: count_users(url) == 12)
+        counted = service.quiet_metrics().get_value("signup_requests_total", status_code="201")
+        assert counted == 6
+
+
 def test_database_with_another_encoding_than_utf8_is_refused(postgres: Postgres) -> None:
     done = refused_start(DATABASE_URL=postgres.new_database(encoding="SQL_ASCII"))
     line = "the database can't be used: its encoding is not UTF8"
@@ -219,10 +211,10 @@ def test_database_with_another_encoding_than_utf8_is_refused(postgres: Postgres)
 
 
 def test_start_with_unreachable_database_fails_with_one_line() -> None:
-    done = refused_start(DATABASE_URL="postgresql://signup:s3cret@127.0.0.1:1/signup")
+    # A word of the message may be the password: nothing is replaced in it.
+    done = refused_start(DATABASE_URL="postgresql://signup:on@127.0.0.1:1/signup")
     line = "the database can't be used: OperationalError: 127.0.0.1 1: Connection refused"
     assert [text for text in done.stderr.splitlines() if not text.startswith("{")] == [line]
-    assert "s3cret" not in done.stdout + done.stderr
 
 
 def test_result_that_arrives_during_a_pause_beyond_the_deadline_counts(server: Postgres) -> None:
@@ -249,25 +241,3 @@ def test_result_that_arrives_during_a_pause_beyond_the_deadline_counts(server: P
 def waits_for_the_lock(url: str) -> bool:
     """Return whether a statement of the role of `url` waits for a lock."""
     return bool(execute(url, "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-
-
-def test_waiting_requests_are_served_in_order(url: str) -> None:
-    config = Config.from_env({"DATABASE_URL": url})
-    pool = Pool(config, 1, Metrics(None, 1))
-    served: list[str] = []
-
-    def use(name: str) -> None:
-        with pool.connection(30):
-            served.append(name)
-
-    with ThreadPoolExecutor(3) as executor:
-        with pool.connection(30):
-            waits = []
-            for number in range(3):
-                waits.append(executor.submit(use, f"waiter {number}"))
-                wait_until(lambda: len(pool._waiting) == len(waits))
-        use("newcomer")  # asks before the waiters can wake up
-        for wait in waits:
-            wait.result()
-    assert served == ["waiter 0", "waiter 1", "waiter 2", "newcomer"]
-    pool.closeall()

@@ -17,7 +17,7 @@ from signup.connection import Connection, connect
 from signup.metrics import Metrics
 from signup.pool import Pool
 from testbed.cluster import Cluster
-from testbed.database import Postgres, execute
+from testbed.database import Postgres
 from testbed.relay import Relay
 
 
@@ -35,7 +35,7 @@ def test_connection_error_names_each_host_and_no_password(cluster: Cluster) -> N
     for cause in (
         "127.0.0.1 1: Connection refused",
         "session is read-only",
-        "cannot resolve 'nowhere.invalid'",
+        "nowhere.invalid 1: [Errno -",
     ):
         assert cause in line
     assert "s3cret" not in line
@@ -119,7 +119,9 @@ def test_mismatched_hosts_and_ports_are_refused() -> None:
         opened("postgresql:///signup?host=a,b,c&port=1,2")
 
 
-def test_read_only_error_closes_every_connection_opened_before_it(url: str) -> None:
+def test_read_only_error_closes_every_connection_opened_before_it(
+    postgres: Postgres, url: str
+) -> None:
     pool = Pool(Config.from_env({"DATABASE_URL": url}), 4, Metrics(None, 1))
     with pool.connection(5) as busy:
         with pool.connection(5), pool.connection(5):
@@ -131,17 +133,8 @@ def test_read_only_error_closes_every_connection_opened_before_it(url: str) -> N
         ):
             cursor.execute("SET default_transaction_read_only = on")
             cursor.execute("CREATE TABLE refused ()")
-        assert sessions(url) == {busy.info.backend_pid}
+        assert postgres.connections(url) == {busy.info.backend_pid}
         with pool.connection(5) as new:
             pass
-    assert sessions(url) == {new.info.backend_pid}
+    assert postgres.connections(url) == {new.info.backend_pid}
     pool.closeall()
-
-
-def sessions(url: str) -> set[int]:
-    rows = execute(
-        url,
-        "SELECT pid FROM pg_stat_activity"
-        " WHERE datname = current_database() AND application_name = 'signup'",
-    )
-    return {pid for (pid,) in rows}

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import parse_headers
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import pytest
 from email_validator import EmailNotValidError, validate_email
@@ -119,17 +118,7 @@ BAD_BODIES = (
     *(b"+AHs-" + GOOD[1:], b"\xef\xbb\xbf" + GOOD, b"\x1f\x8b\x08" + GOOD),  # UTF-7, BOM, gzip
     # Latin-1, Shift-JIS, overlong forms, surrogates, partial characters, beyond Unicode.
     *map(name, (b"Zo\xeb", b"\x88\xa4", b"\xc0\xaf", b"a\xc0\x80", b"\xe0\x80\xaf")),
-    *map(
-        name,
-        (
-            b"\xed\xa0\x80",
-            b"\xed\xa0\xbd\xed\xb8\x80",
-            b"\x80",
-            b"\xe2\x82",
-            b"\xf4\x90\x80\x80",
-            b"\xff",
-        ),
-    ),
+    *map(name, (b"\xed\xa0\x80", b"\xe2\x82", b"\xf4\x90\x80\x80", b"\xff")),
     *(b"", b" \r\n\t ", b"null", b"true", b"1", b'"email"', b"[]", b"[" + GOOD + b"]", GOOD + GOOD),
     *(GOOD + b"x", GOOD + b"\0", GOOD[:-1], GOOD[:-2] + b"}", GOOD[:-1] + b",}"),
     *(GOOD.replace(b'"', b"'"), b"{email: 1}", b"/* hello */" + GOOD),
@@ -155,24 +144,25 @@ FORBIDDEN = (
     *(rb"\ud83d", rb"\ude00", rb"\ude00\ud83d", rb"\u200b", rb"\u2060", rb"\ufeff", rb"\u00ad"),
     *(rb"\u200f", rb"\u202e", rb"\u2067", rb"\u2028", rb"\u2029", rb"\udb40\udc41"),
 )
-EMAILS = (  # email-validator provides the messages
-    *("ada", "@", "@example.com", "ada@", "ada@@example.com", "ada@eve@example.com", "a..b@c.com"),
-    *(".ada@example.com", "ada.@example.com", "ada lovelace@example.com", "ada@exa mple.com"),
-    *("ada@-example.com", "ada@example-.com", "ada@example..com", "ada@.example.com", "ada@b.com."),
-    *("ada@example", "ada@localhost", "ada@[127.0.0.1]", "ada@[IPv6:::1]", "ada@127.0.0.1"),
-    *('"ada lovelace"@example.com', "ada(comment)@example.com", "Ada <ada@example.com>"),
-    *("<ada@example.com>", "mailto:ada@example.com", "ada@example.com,eve@example.com"),
-    *("ada@example.com;eve@example.com", "ada@xn--0.com", "ada@exam_ple.com", "ada＠example.com"),
-    *("ada@example.com/../x", f"ada@{'b' * 64}.com", "ada@example.com%0d%0aBcc:eve@example.com"),
-    *("'; DROP TABLE users; --@example.com", "ada@example.com' OR '1'='1", "a\u200d@example.com"),
-    *("1) UNION SELECT 1--@example.com", "ada@example.com; pg_sleep(9)", "<b>a</b>@example.com"),
+EMAILS = (  # tests/test_validation.py compares the verdicts with those of email-validator
+    *(
+        "ada",
+        "@example.com",
+        "ada@",
+        "a..b@c.com",
+        "ada@localhost",
+        "ada@[127.0.0.1]",
+        "ada@xn--0.com",
+    ),
+    *('"ada lovelace"@example.com', "Ada <ada@example.com>", "ada@example.com,eve@example.com"),
+    *("mailto:ada@example.com", "ada@example.com%0d%0aBcc:eve@example.com", "ada＠example.com"),
+    *("'; DROP TABLE users; --@example.com", "ada@example.com' OR '1'='1", "<b>a</b>@example.com"),
 )
 
 # Body sizes and framing that the application refuses.
 BODIES = {
     "over the limit": (post(b" " * (LIMIT + 1)), TOO_LARGE),
-    "far over the limit": (post(b" " * 1_000_000), TOO_LARGE),
-    "valid, but over the limit": (post(GOOD.ljust(LIMIT + 1)), TOO_LARGE),
+    "far over the limit": (post(GOOD.ljust(1_000_000)), TOO_LARGE),
     "declared over the limit": (length(b"20000", GOOD), TOO_LARGE),
     "declared far over the limit": (length(b"99999999999999999999", GOOD), TOO_LARGE),
     "over the limit in chunks": (chunks(b"4001\r\n" + b" " * 0x4001 + b"\r\n0\r\n\r\n"), TOO_LARGE),
@@ -238,10 +228,8 @@ NOT_HTTP = (
     length(b"2", b"{}" + HIDDEN, b"Content-Length: %d" % (2 + len(HIDDEN))),
     length(b"5", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: chunked"),
     *(chunks(CHUNKED, b"Content-Length: 5"), chunks(CHUNKED, b"Transfer-Encoding: chunked")),
-    *(
-        chunks(CHUNKED).replace(b"Encoding", b"Encoding "),
-        chunks(CHUNKED).replace(b"/1.1", b"/1.0"),
-    ),
+    chunks(CHUNKED).replace(b"Encoding", b"Encoding "),
+    chunks(CHUNKED).replace(b"/1.1", b"/1.0"),
     *(chunks(CHUNKED).replace(b"chunked", coding) for coding in CODINGS),
     *map(get, (b"X: " + b"x" * 10_000, b"X: " + b"x" * 1_000_000, b"zebedee" * 100_000 + b": x")),
     *(get(*[b"X: " + b"x" * 8000] * 125), get(*[b"X: x"] * 100), get(*[b"X: x"] * 10_000)),
@@ -267,15 +255,20 @@ METHODS = {
     "DELETE /healthz": (http(b"DELETE /healthz HTTP/1.1"), NOT_GET),
     "PUT /readyz": (http(b"PUT /readyz HTTP/1.1"), NOT_GET),
 }
-OTHER_PATHS = (  # only the exact path /signup matches
-    *("/nothing", "/signup/", "//signup", "///signup", "/signup//", "/signup/x", "/SIGNUP"),
+OTHER_PATHS = (  # only the exact path /signup matches; tests/test_http.py has plain ones
     *("/signup%00", "/signup%2f", "/%2fsignup", "/signup%20", "/signup%0d%0aX:%20y", "/./signup"),
-    *("/../signup", "/x/../signup", "/%2e/signup", "/%2e%2e/signup", "/..;/signup", "/;/signup"),
-    *("/signup;", "/signup;x=y", "/signup.json", "/signup%3Fa=b", "/signup%23", "/\\signup"),
-    *("/%5csignup", "/signup%C0%AF", "/sign%FFup", "/signup%", "/%ef%bc%8fsignup", "/%252fsignup"),
-    *("/.git/config", "/static/../app.py", "/etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"),
-    *("/metrics/", "/healthz/", "/openapi.json/", "http://x//signup", "http://x", "//x/signup"),
-    *("http://x?/signup", "signup?://", "signup://", "file:///etc/passwd"),
+    *(
+        "/x/../signup",
+        "/%2e%2e/signup",
+        "/..;/signup",
+        "/signup;x=y",
+        "/signup%3Fa=b",
+        "/signup%23",
+    ),
+    *("/\\signup", "/%5csignup", "/signup%C0%AF", "/sign%FFup", "/signup%", "/%ef%bc%8fsignup"),
+    *("/%252fsignup", "/.git/config", "/%2e%2e/%2e%2e/etc/passwd", "/metrics/", "///signup"),
+    *("http://x//signup", "http://x", "//x/signup", "http://x?/signup", "signup?://", "signup://"),
+    "file:///etc/passwd",
 )
 PATHS = {
     **{path: (post(GOOD, target=path.encode()), NOT_FOUND) for path in OTHER_PATHS},
@@ -321,11 +314,10 @@ CASES = {
 }
 
 # Unusual, but each of these is a valid signup.
-NAMES = (
+NAMES = (  # tests/test_validation.py has names in other scripts
     *("Robert'); DROP TABLE users; --", "' OR '1'='1", '"; SELECT pg_sleep(9); --', "%s %(id)s %d"),
     *("{0} {{7*7}} ${7*7}", "<script>alert(1)</script>", "../../etc/passwd", "null", "NaN", "\\"),
-    *("$(reboot) `reboot`", "=1+1", "O'Brien", "X Æ A-12", "علی\u200cرضا", "Zoë", "Zoe\u0308"),
-    *("דוד", "𝒜" * 100, "\U0001f469\u200d\U0001f467", "Set-Cookie: a=b", "a" * 100, "x"),
+    *("$(reboot) `reboot`", "=1+1", "Set-Cookie: a=b", "X Æ A-12", "علی\u200cرضا", "𝒜" * 100),
 )
 EXTRAS = (
     *(b"1e999", b"-0", b"null", b'"\\ud800"', b"[" * 200 + b"]" * 200, b'{"email": 1}'),
@@ -393,11 +385,7 @@ def service_is_unharmed(service: Service, database_url: str) -> Iterator[None]:
 def talk(service: Service, key: str) -> list[Answer]:
     """Send the request of `key`, and return exactly the expected number of responses."""
     request, *expected = CASES[key] if key in CASES else (FINE[key], WELCOME)
-    address = urlsplit(service.url)
-    with (
-        socket.create_connection((address.hostname, address.port), timeout=30) as client,
-        client.makefile("rb") as stream,
-    ):
+    with service.connect() as client, client.makefile("rb") as stream:
         with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was sent entirely
             client.sendall(request)
         if key.startswith("cut short"):
@@ -467,11 +455,7 @@ def test_expect_100_continue_gets_an_interim_response(
     service: Service, body: bytes, status: int
 ) -> None:
     head, empty_line, _ = post(body, b"Expect: 100-continue").partition(b"\r\n\r\n")
-    address = urlsplit(service.url)
-    with (
-        socket.create_connection((address.hostname, address.port), timeout=30) as client,
-        client.makefile("rb") as stream,
-    ):
+    with service.connect() as client, client.makefile("rb") as stream:
         client.sendall(head + empty_line)
         assert stream.readline() + stream.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
         if status == 201:
@@ -500,8 +484,7 @@ def test_unusual_valid_signup_returns_201(service: Service, key: str) -> None:
     ],
 )
 def test_endless_body_does_not_block_other_clients(service: Service, start: bytes) -> None:
-    address = urlsplit(service.url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+    with service.connect() as client:
         client.sendall(start)
         for _ in range(10):
             client.sendall(b" " * 65536)

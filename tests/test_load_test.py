@@ -3,8 +3,6 @@
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from testbed import ROOT
 from testbed.database import broken_table, count_users
 from testbed.load import Signups
@@ -13,42 +11,37 @@ from testbed.service import Service
 ENOUGH = 3  # seconds
 
 
-def smoke(url: str, report: Path) -> tuple[bool, list[str]]:
+def smoke(url: str, folder: Path) -> tuple[bool, list[str]]:
     """Run the load test; return whether it passed, and its verdicts."""
-    options = [f"HOST={url}", f"SECONDS={ENOUGH}", f"REPORT={report}"]
+    options = [f"HOST={url}", f"SECONDS={ENOUGH}", f"REPORT={folder / 'report.html'}"]
     command = ["make", "load-test-smoke", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     verdicts = [x for x in done.stdout.splitlines() if x.startswith(("ok ", "FAILED ", "the ser"))]
     return done.returncode == 0, verdicts
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
-    return tmp_path / "report.html"
-
-
-def test_load_test_passes_and_agrees_with_the_server(url: str, report: Path) -> None:
+def test_load_test_passes_and_agrees_with_the_server(url: str, tmp_path: Path) -> None:
     with Service(DATABASE_URL=url) as service:
-        passed, verdicts = smoke(service.url, report)
+        passed, verdicts = smoke(service.url, tmp_path)
         words = [verdict.split()[0] for verdict in verdicts]
         assert words[1:] == ["ok"] * 2
         assert passed == (words[0] == "ok")  # the first is about latency, which no test asserts
         rows = count_users(url)
         assert f"the server counted {rows} x 201" in verdicts[2]
         assert verdicts[2].endswith("Locust differs by 0")
-    assert "<html" in report.read_text()
+    assert "<html" in (tmp_path / "report.html").read_text()
 
 
-def test_load_test_fails_when_requests_fail(url: str, report: Path) -> None:
+def test_load_test_fails_when_requests_fail(url: str, tmp_path: Path) -> None:
     with Service(DATABASE_URL=url) as service, broken_table(url):
-        passed, verdicts = smoke(service.url, report)
+        passed, verdicts = smoke(service.url, tmp_path)
         assert not passed
         assert [verdict.split()[0] for verdict in verdicts[1:]] == ["FAILED", "ok"]
 
 
-def test_load_test_fails_when_the_server_counts_other_requests(url: str, report: Path) -> None:
+def test_load_test_fails_when_the_server_counts_other_requests(url: str, tmp_path: Path) -> None:
     with Service(DATABASE_URL=url) as service, Signups(service, 1):
-        passed, verdicts = smoke(service.url, report)
+        passed, verdicts = smoke(service.url, tmp_path)
         assert not passed
         assert verdicts[2].startswith("FAILED the server counted")
 

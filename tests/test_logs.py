@@ -6,14 +6,12 @@ import os
 import signal
 import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import requests
 
 from testbed import wait_until
 from testbed.database import Postgres, broken_table, execute
-from testbed.programs import is_alive
 from testbed.service import Service, project_copy
 
 PERSON = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
@@ -91,11 +89,9 @@ def test_every_line_after_the_start_line_is_json(database_url: str) -> None:
     for how in (Service.press_ctrl_c, Service.stop):
         with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2") as service:
             service.wait_for(signup_workers=2)
-            killed, other = service.worker_pids()
-            os.kill(killed, signal.SIGKILL)
+            os.kill(service.worker_pids()[0], signal.SIGKILL)
             wait_until(lambda: service.boots() == 3)
-            service.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: not is_alive(other))
+            service.reload()
             service.wait_for(signup_workers=2)
             assert how(service) == 0
             lines = events(service)
@@ -112,7 +108,6 @@ def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
     with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL=level) as service:
         service.wait_for(database_connections_max=25)
         start = len(service.log())
-        address = urlsplit(service.url)
         service.signup(json=PERSON, headers={"User-Agent": "Agent/7"})
         service.signup(json=PERSON | {"email": "secret.person(at)example.com"})
         service.signup(data=json.dumps(PERSON) + "}")
@@ -121,19 +116,13 @@ def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
         with broken_table(database_url):
             other = PERSON | {"email": "new." + PERSON["email"]}
             assert service.signup(json=other).status_code == 500
-        for raw in (
-            b"GET /?email=secret.person@example.com HTTP/Zebedee\r\n\r\n",
+        for raw in (  # tests/test_hostile.py sends more of them
             b"Zebedee /secret.person\r\n\r\n",
-            b"GET / HTTP/1.1\r\nZebedee Quux: secret.person\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: x\r\nCookie: Zebedee\x00\r\n\r\n",
-            b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Quux\r\n\r\n",
-            b"POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: Quux\r\n\r\n",
             b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nQuux\r\n",
             b"GET /secret.person HTTP/1.1\r\nHost: Zebedee",  # incomplete
-            b'POST /signup HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"email": "Quux',
         ):
-            with socket.create_connection((str(address.hostname), address.port or 0)) as client:
-                client.settimeout(30)
+            with service.connect() as client:
                 client.sendall(raw)
                 client.shutdown(socket.SHUT_WR)
                 with contextlib.suppress(ConnectionResetError):

@@ -59,6 +59,7 @@ CONTRACT = {
     ("signup_duplicate_email_attempts_total", None): [],
     ("signup_requests_in_flight", None): [],
     ("database_pool_timeouts_total", None): [],
+    ("database_pool_waiting", None): [],
     ("database_connections_max", None): [],
     ("process_cpu_seconds_total", None): [],
     ("process_resident_memory_bytes", None): [],
@@ -119,8 +120,8 @@ def test_each_worker_exposes_the_totals_of_all_workers(service: Service) -> None
         (PROMETHEUS_3, "openmetrics"),
         (f"{PROTOBUF},{PROMETHEUS_3}", "openmetrics"),  # with native histograms
         ("application/openmetrics-text; version=2.0.0", "openmetrics"),
-        ("application/openmetrics-text; version=x", "plain"),
-        (f"application/openmetrics-text; version={'9' * 5000}", "plain"),
+        ("application/openmetrics-text; version=x", "openmetrics"),
+        (f"application/openmetrics-text; version={'9' * 5000}", "openmetrics"),
         ("application/openmetrics-text; q=x", "plain"),
         ("text/plain; version=y", "plain"),
         ("rubbish", "plain"),

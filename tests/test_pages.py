@@ -27,14 +27,8 @@ EXPECTED: dict[Row, tuple[int, int]] = {
     for signups, share, pages, alone in TABLE
 }
 ALERT = 'ALERTS{alertstate="firing", severity="critical", job=~"signup-server-.+"}'
-PAGES = {
-    "groups": [
-        {
-            "name": "pages",
-            "rules": [{"record": "page", "expr": f"{ALERT} unless {ALERT} offset 1m"}],
-        }
-    ]
-}
+PAGE = {"record": "page", "expr": f"{ALERT} unless {ALERT} offset 1m"}
+PAGES = {"groups": [{"name": "pages", "rules": [PAGE]}]}
 
 
 def counters(row: Row) -> Iterator[tuple[int, int]]:

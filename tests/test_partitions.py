@@ -6,7 +6,7 @@ from threading import Barrier
 
 from testbed import ROOT
 from testbed.database import Postgres, count_users, execute
-from testbed.service import Service
+from testbed.service import USER, Service
 
 PARTS, CLIENTS, EMAILS = 8, 20, 40
 STRUCTURE = """
@@ -35,9 +35,8 @@ def test_email_is_unique_across_partitions(postgres: Postgres) -> None:
 
         def race(client: int) -> None:
             for email in emails:
-                body = {"email": email if client % 2 else email.upper()}
                 barrier.wait(timeout=60)
-                service.signup(json=body | {"first_name": "Ada", "last_name": "Lovelace"})
+                service.signup(json=USER | {"email": email if client % 2 else email.upper()})
 
         with ThreadPoolExecutor(CLIENTS) as executor:
             for done in [executor.submit(race, client) for client in range(CLIENTS)]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,10 +19,8 @@ pytestmark = pytest.mark.needs("pgbouncer")
 
 @pytest.fixture
 def direct(postgres: Postgres) -> str:
-    """Return a URL that bypasses PgBouncer; the role's statement timeout is 1 s."""
-    url = postgres.new_database()
-    execute(postgres.url, f"ALTER ROLE {urlsplit(url).username} SET statement_timeout = '1s'")
-    return url
+    """Return a URL that bypasses PgBouncer."""
+    return postgres.new_database()
 
 
 @pytest.fixture
@@ -53,12 +50,18 @@ def test_client_connections_share_fewer_server_connections(
             service.check_equalities(service.answers[201])
 
 
-def test_statement_timeout_of_the_role_is_enforced(pgbouncer: PgBouncer, direct: str) -> None:
-    with Service(DATABASE_URL=pgbouncer.url, WEB_CONCURRENCY="1") as service:
+def test_statement_timeout_is_enforced_and_stays_in_the_transaction(
+    pgbouncer: PgBouncer, direct: str
+) -> None:
+    with Service(
+        DATABASE_URL=pgbouncer.url, WEB_CONCURRENCY="1", DATABASE_STATEMENT_TIMEOUT="1"
+    ) as service:
         with locked_table(direct):
             assert service.signup(json=USER).status_code == 500
             assert "canceling statement due to statement timeout" in service.log()
         assert count_users(direct) == 0
+        # PgBouncer shares the session with other clients.
+        assert execute(pgbouncer.url, "SHOW statement_timeout") == [("0",)]
         answer = service.signup(json=USER)
         assert answer.status_code == 201
         created = answer.json()["user"]["created_at"]

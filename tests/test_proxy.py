@@ -3,66 +3,47 @@
 import contextlib
 import http.client
 import json
-import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import requests
 
 from testbed import wait_until
-from testbed.database import Postgres, count_users, locked_table, stored_emails
+from testbed.database import count_users, locked_table, stored_emails
 from testbed.load import Signups
 from testbed.nginx import Nginx
-from testbed.programs import free_port, is_alive
+from testbed.programs import free_port
 from testbed.service import USER, Service, user
 
 pytestmark = pytest.mark.needs("nginx")
 
-HIDDEN = ("/metrics", "/readyz", "/openapi.json")
-
-
-@dataclass
-class Stack:
-    """nginx, the two services behind it, and the URL of their database."""
-
-    nginx: Nginx
-    services: tuple[Service, Service]
-    database: str
-
 
 @contextlib.contextmanager
-def stack(postgres: Postgres) -> Iterator[Stack]:
-    url = postgres.new_database()
-    env: dict[str, Any] = {
-        "DATABASE_URL": url,
-        "WEB_CONCURRENCY": "2",
-        "METRICS_SAMPLE_INTERVAL": "0.05",
-    }
-    # The second service keeps its port across a restart.
+def proxied(url: str) -> Iterator[Nginx]:
+    """Run nginx and two services of two workers each; the second keeps its port at a restart."""
+    env: dict[str, Any] = {"WEB_CONCURRENCY": "2", "METRICS_SAMPLE_INTERVAL": "0.05"}
     with (
-        Service(**env) as first,
-        Service(port=free_port(), **env) as second,
+        Service(DATABASE_URL=url, **env) as first,
+        Service(DATABASE_URL=url, port=free_port(), **env) as second,
         Nginx(first, second) as nginx,
     ):
-        yield Stack(nginx, (first, second), url)
+        yield nginx
 
 
 @pytest.fixture
-def own(postgres: Postgres) -> Iterator[Stack]:
+def own(url: str) -> Iterator[Nginx]:
     """A separate stack for a test that counts requests or breaks an instance."""
-    with stack(postgres) as own:
+    with proxied(url) as own:
         yield own
 
 
 @pytest.fixture(scope="module")
-def nginx(postgres: Postgres) -> Iterator[Nginx]:
-    with stack(postgres) as shared:
-        yield shared.nginx
+def nginx(database_url: str) -> Iterator[Nginx]:
+    with proxied(database_url) as shared:
+        yield shared
 
 
 def signups(service: Service) -> float:
@@ -71,35 +52,36 @@ def signups(service: Service) -> float:
 
 def raw(nginx: Nginx, request: str) -> tuple[int, http.client.HTTPMessage, bytes]:
     """Send `request` as is; return the status, headers and body of the response."""
-    port = int(nginx.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+    with nginx.connect() as client:
         client.sendall(request.encode())
         response = http.client.HTTPResponse(client)
         response.begin()
         return response.status, response.headers, response.read()
 
 
-def test_signups_are_balanced_and_counted_exactly(own: Stack) -> None:
-    with Signups(own.nginx) as load:
-        wait_until(lambda: own.nginx.answers.total() > 500)
+def test_signups_are_balanced_and_counted_exactly(own: Nginx, url: str) -> None:
+    with Signups(own) as load:
+        wait_until(lambda: own.answers.total() > 500)
     assert not load.unanswered
-    assert set(own.nginx.answers) == {201, 400, 409}
-    own.nginx.check_equalities(count_users(own.database))
-    shares = [signups(service) / own.nginx.answers.total() for service in own.services]
+    assert set(own.answers) == {201, 400, 409}
+    own.check_equalities(count_users(url))
+    shares = [signups(service) / own.answers.total() for service in own.services]
     assert shares == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def test_killing_or_stopping_an_instance_costs_at_most_one_request_per_client(own: Stack) -> None:
+def test_killing_or_stopping_an_instance_costs_at_most_one_request_per_client(
+    own: Nginx, url: str
+) -> None:
     second = own.services[1]
     clients = 8
 
     def more(count: int = 300) -> int:
         """Wait for `count` more responses; return how many requests were lost or got a 502."""
-        goal = own.nginx.answers.total() + count
-        wait_until(lambda: own.nginx.answers.total() > goal)
-        return own.nginx.answers[502] + load.unanswered.total()
+        goal = own.answers.total() + count
+        wait_until(lambda: own.answers.total() > goal)
+        return own.answers[502] + load.unanswered.total()
 
-    with Signups(own.nginx, clients) as load:
+    with Signups(own, clients) as load:
         assert more() == 0
         second.kill()
         killed = more()
@@ -107,27 +89,24 @@ def test_killing_or_stopping_an_instance_costs_at_most_one_request_per_client(ow
         cut_short = load.unanswered.copy()  # lost after the head of the response
         with second:
             wait_until(lambda: signups(second) > 50)
-            old = second.worker_pids()
-            second.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: not any(map(is_alive, old)), timeout=40)
+            second.reload()
             assert more() == killed  # a reload loses no request
-            second.process.send_signal(signal.SIGTERM)
-            assert second.wait() == 0
+            assert second.stop() == 0
             # A listener that closes resets the connections in its queue. nginx can't know that
             # those requests were not executed, and avoids the instance for a while.
             assert more() <= killed + clients
     assert load.unanswered == cut_short
-    assert set(own.nginx.answers) <= {201, 400, 409, 502}
-    stored = stored_emails(own.database)
+    assert set(own.answers) <= {201, 400, 409, 502}
+    stored = stored_emails(url)
     assert stored >= set(load.acknowledged)
 
 
-def test_signup_that_may_have_been_executed_is_not_retried(own: Stack) -> None:
+def test_signup_that_may_have_been_executed_is_not_retried(own: Nginx, url: str) -> None:
     def in_flight(service: Service) -> float:
         return service.metrics().get_value("signup_requests_in_flight")
 
-    with ThreadPoolExecutor(1) as executor, locked_table(own.database):
-        answer = executor.submit(own.nginx.signup, json=USER)
+    with ThreadPoolExecutor(1) as executor, locked_table(url):
+        answer = executor.submit(own.signup, json=USER)
         wait_until(lambda: any(map(in_flight, own.services)))
         busy, other = sorted(own.services, key=in_flight, reverse=True)
         busy.kill()
@@ -137,25 +116,25 @@ def test_signup_that_may_have_been_executed_is_not_retried(own: Stack) -> None:
         assert signups(other) == 0
         assert in_flight(other) == 0
     # PostgreSQL completed the statement: a retry would have returned 409.
-    wait_until(lambda: count_users(own.database) == 1)
-    assert own.nginx.signup(json=USER).status_code == 409
+    wait_until(lambda: count_users(url) == 1)
+    assert own.signup(json=USER).status_code == 409
 
 
-def test_no_running_instance_returns_502(own: Stack) -> None:
+def test_no_running_instance_returns_502(own: Nginx) -> None:
     for service in own.services:
         service.stop()
     for _ in range(4):
-        response = own.nginx.signup(json=USER)
+        response = own.signup(json=USER)
         assert response.status_code == 502
         assert set(response.json()) == {"error"}
         assert response.headers["X-Request-ID"]
 
 
-def test_rate_limit_applies_per_client(own: Stack) -> None:
+def test_rate_limit_applies_per_client(own: Nginx, url: str) -> None:
     started = time.monotonic()
 
     def signup(number: int) -> requests.Response:
-        return own.nginx.signup(json=user(f"{number}"), address="127.0.0.9")
+        return own.signup(json=user(f"{number}"), address="127.0.0.9")
 
     with ThreadPoolExecutor(20) as executor:
         answers = list(executor.map(signup, range(200)))
@@ -167,13 +146,13 @@ def test_rate_limit_applies_per_client(own: Stack) -> None:
         assert answer.json() == {"error": "too many requests, retry later"}
         assert answer.headers["Content-Type"] == "application/json"
         assert answer.headers["Retry-After"] == "1"
-    assert own.nginx.signup(json=USER).status_code == 201  # from another address
-    wait_until(lambda: own.nginx.signup(json=USER, address="127.0.0.9").status_code == 409)
-    assert sum(map(signups, own.services)) == own.nginx.answers.total() - own.nginx.answers[429]
-    assert count_users(own.database) == passed + 1
+    assert own.signup(json=USER).status_code == 201  # from another address
+    wait_until(lambda: own.signup(json=USER, address="127.0.0.9").status_code == 409)
+    assert sum(map(signups, own.services)) == own.answers.total() - own.answers[429]
+    assert count_users(url) == passed + 1
 
 
-@pytest.mark.parametrize("path", HIDDEN)
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/openapi.json"])
 def test_internal_endpoints_are_not_reachable(nginx: Nginx, path: str) -> None:
     name = path[1:]
     for target in (
@@ -254,16 +233,15 @@ def test_forwarded_headers_are_trusted_only_from_the_proxy(database_url: str) ->
             assert service.get("/", headers=lies).status_code == status
 
 
-def test_access_log_has_one_line_per_request_and_no_personal_data(own: Stack) -> None:
-    nginx = own.nginx
+def test_access_log_has_one_line_per_request_and_no_personal_data(own: Nginx) -> None:
     query = "?email=ada@example.com"
     agent = {"User-Agent": "agent-7", "Referer": "http://example.org/7"}
-    answer = nginx.signup(json=USER, params=USER, headers=agent)
-    raw(nginx, f"GET /ada@example.com{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
-    raw(nginx, f"ADA /signup{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
-    raw(nginx, "ada@example.com\r\n\r\n")
-    wait_until(lambda: nginx.log().count("\n") == 4)
-    lines = [json.loads(line) for line in nginx.log().splitlines()]
+    answer = own.signup(json=USER, params=USER, headers=agent)
+    raw(own, f"GET /ada@example.com{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
+    raw(own, f"ADA /signup{query} HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
+    raw(own, "ada@example.com\r\n\r\n")
+    wait_until(lambda: own.log().count("\n") == 4)
+    lines = [json.loads(line) for line in own.log().splitlines()]
     # nginx has two worker processes, so the order may differ.
     assert {(line["method"], line["path"], line["status"]) for line in lines} == {
         ("POST", "/signup", 201),
@@ -277,4 +255,4 @@ def test_access_log_has_one_line_per_request_and_no_personal_data(own: Stack) ->
     assert line["duration"] >= 0
     assert float(line["upstream_duration"]) >= 0
     for secret in ("ada@", "Ada", "example", "agent-7", "127.1."):
-        assert secret not in nginx.log()
+        assert secret not in own.log()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -20,14 +19,8 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY
 
 @contextlib.contextmanager
 def clients(service: Service, count: int) -> Iterator[list[socket.socket]]:
-    address = urlsplit(service.url)
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                socket.create_connection((address.hostname, address.port), timeout=30)
-            )
-            for _ in range(count)
-        ]
+        yield [stack.enter_context(service.connect()) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -64,16 +57,6 @@ def test_request_sent_byte_by_byte_is_served(service: Service) -> None:
                 client.send(bytes([byte]))
                 time.sleep(0.001)
             assert client.recv(100).split()[1] == status
-
-
-def test_pipelined_requests_get_responses_in_order(service: Service) -> None:
-    request = (HEAD + LENGTH + BODY).replace(b"slow@", b"twos@")
-    with clients(service, 1) as (client,):
-        client.sendall(
-            request + request + b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        )
-        answers = client.makefile("rb").read()
-        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"201", b"409", b"200"]
 
 
 def test_slow_reader_gets_every_response(service: Service) -> None:

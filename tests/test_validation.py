@@ -1,4 +1,4 @@
-"""What parse_signup accepts, what it refuses, and its messages."""
+"""What parse_signup accepts and refuses; tests/test_hostile.py has the messages of each field."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import pytest
 import regex  # type: ignore[import-untyped]
 from email_validator import EmailNotValidError, validate_email
 
-from signup.validation import InvalidBody, InvalidField, Signup, fold_email, parse_signup
+from signup.validation import InvalidField, Signup, fold_email, parse_signup
 from testbed.service import USER
 
 UNICODE = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
@@ -83,80 +83,6 @@ def test_valid_emails_are_accepted_unchanged(email: str) -> None:
     assert parse_signup(body(email=email)).email == email
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        b"",
-        b" ",
-        b"not json",
-        b"[]",
-        b"null",
-        b'"text"',
-        b"{",
-        b'{"email": }',
-        b"{'email': 'a@example.com'}",
-        b"\xff\xfe",
-        json.dumps(USER).encode("utf-16"),
-        b"\xef\xbb\xbf" + json.dumps(USER).encode(),
-        body() + b"x",
-        body(email=5),
-        body(first_name=None),
-        body(last_name=["Lovelace"]),
-        body(first_name=True),
-        b'{"n": ' + b"9" * 10_000 + b"}",
-        b"[" * 8_000,
-        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    ],
-)
-def test_body_other_than_an_object_of_strings_is_invalid(given: bytes) -> None:
-    with pytest.raises(InvalidBody):
-        parse_signup(given)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field", "message"),
-    [
-        ({"email": ""}, "email", "email is required"),
-        ({"email": " \n"}, "email", "email is required"),
-        ({"email": "x" * 243 + "@example.com"}, "email", "email must be at most 254 characters"),
-        (
-            {"email": "invalid"},
-            "email",
-            "email is not valid: An email address must have an @-sign.",
-        ),
-        ({"email": "a\x00@example.com"}, "email", "email must not contain control"),
-        ({"email": "a@example.com\u202e.x"}, "email", "email must not contain control"),
-        ({"email": "a b@example.com"}, "email", "email is not valid"),
-        ({"email": "a@localhost"}, "email", "email is not valid"),
-        ({"first_name": "  "}, "first_name", "first name is required"),
-        ({"first_name": "\u200d"}, "first_name", "first name is required"),
-        ({"first_name": "x" * 101}, "first_name", "first name must be at most 100 characters"),
-        ({"first_name": "A\x00da"}, "first_name", "first name must not contain control"),
-        ({"first_name": "A\x1bda"}, "first_name", "first name must not contain control"),
-        ({"last_name": "\ud800"}, "last_name", "last name must not contain control"),
-        ({"last_name": "Love\u200blace"}, "last_name", "last name must not contain control"),
-        ({"last_name": "Love\u2028lace"}, "last_name", "last name must not contain control"),
-        ({"last_name": "\u202eecalevoL"}, "last_name", "last name must not contain control"),
-        # Only the first invalid field is reported.
-        ({"email": "", "first_name": "", "last_name": ""}, "email", "email is required"),
-        ({"first_name": "", "last_name": ""}, "first_name", "first name is required"),
-    ],
-)
-def test_first_invalid_field_is_reported(changes: dict[str, str], field: str, message: str) -> None:
-    with pytest.raises(InvalidField) as caught:
-        parse_signup(body(**changes))
-    assert caught.value.args[0] == field
-    assert caught.value.args[1].startswith(message)
-
-
-@pytest.mark.parametrize("field", USER)
-def test_missing_field_is_reported_as_required(field: str) -> None:
-    given = {name: value for name, value in USER.items() if name != field}
-    with pytest.raises(InvalidField) as caught:
-        parse_signup(json.dumps(given).encode())
-    assert caught.value.args == (field, f"{field.replace('_', ' ')} is required")
-
-
 def test_email_verdicts_equal_those_of_email_validator() -> None:
     draw = random.Random(8)  # the same emails in every run
 
@@ -184,25 +110,6 @@ def test_email_verdicts_equal_those_of_email_validator() -> None:
 
 
 @pytest.mark.parametrize(
-    "spellings",
-    [
-        ("mike", "MIKE", "Mike", "mIkE"),
-        ("σίσυφος", "ΣΊΣΥΦΟΣ", "σίσυφοσ", "Σίσυφος"),
-        ("josé", "JOSÉ", "jose\u0301", "JOSE\u0301"),
-        ("straße", "STRASSE", "strasse", "STRAẞE"),
-        ("İvan", "i\u0307van", "I\u0307VAN"),
-        ("kelvin", "\u212aelvin", "KELVIN"),
-        ("ﬁsch", "FISCH", "fisch"),
-    ],
-)
-def test_letter_cases_of_an_email_fold_to_one(spellings: tuple[str, ...]) -> None:
-    assert len({fold_email(f"{local}@example.com") for local in spellings}) == 1
-    others = {fold_email(f"{local}x@example.com") for local in spellings}
-    assert len(others) == 1
-    assert others != {fold_email(f"{spellings[0]}@example.com")}
-
-
-@pytest.mark.parametrize(
     ("one", "other"), [("jose", "josé"), ("ivan", "İvan"), ("Ａda", "Ada"), ("a.da", "ada")]
 )
 def test_different_emails_fold_differently(one: str, other: str) -> None:
@@ -215,8 +122,8 @@ def test_every_letter_case_of_a_text_folds_the_same() -> None:
     changes = (str.upper, str.lower, str.title, str.swapcase)
 
     def changed(text: str) -> bool:
-        variants = {change(text) for change in changes} - {text}
-        return any(fold_email(variant) != fold_email(text) for variant in variants)
+        spellings = {text, *(change(text) for change in changes)}
+        return len({fold_email(f"{spelling}@example.com") for spelling in spellings}) > 1
 
     assert {character for character in UNICODE if changed(character)} == exceptions
     letters = [character for character in UNICODE if character.isalpha()]

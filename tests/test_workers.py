@@ -50,8 +50,6 @@ def test_live_workers_never_share_metrics_files(url: str) -> None:
             wait_until(lambda: len(service.worker_pids()) == 3 + 1)
             wait_until(lambda: all(map(service.metric_files, service.worker_pids())))
             files = [service.metric_files(pid) for pid in service.worker_pids()]
-            assert len(files) == 4
-            assert all(files)
             assert len(set.union(*files)) == sum(map(len, files))
         assert request.result().status_code == 201
         service.wait_for(signup_workers=3)
@@ -114,7 +112,7 @@ def test_process_metrics_sum_the_master_and_workers(url: str) -> None:
         service.wait_for(database_connections_max=25)
         before = service.metrics()
         pids = [service.process.pid, *service.worker_pids()]
-        resident = sum(proc_kilobytes(pid, "VmRSS") for pid in pids) * 1024
+        resident = sum(psutil.Process(pid).memory_info().rss for pid in pids)
         measured = before.get_value("process_resident_memory_bytes")
         assert measured == pytest.approx(resident, rel=0.1)
         files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
@@ -131,13 +129,6 @@ def test_process_metrics_sum_the_master_and_workers(url: str) -> None:
         wait_until(lambda: service.boots() == 4)
         assert service.metrics().get_value("process_cpu_seconds_total") >= worked
         assert service.metrics().get_value("process_start_time_seconds") == started
-
-
-def proc_kilobytes(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise KeyError(name)
 
 
 def test_each_master_has_its_own_folder_in_the_configured_one(url: str, tmp_path: Path) -> None:
@@ -263,8 +254,9 @@ def test_worker_recovers_from_running_out_of_file_descriptors(url: str) -> None:
         with ThreadPoolExecutor(30) as executor, locked_table(url):
             users = [user(f"{number}") for number in range(30)]
             answers = [executor.submit(service.signup, json=user) for user in users]
-            in_use = "database_connections", {"state": "in_use"}
-            wait_until(lambda: service.metrics().get_value(in_use[0], **in_use[1]) == 25)
+            wait_until(
+                lambda: service.metrics().total("database_connections", state="in_use") == 25
+            )
         assert {answer.result().status_code for answer in answers} == {201}
         service.check_equalities(30)
 

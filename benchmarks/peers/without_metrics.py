@@ -21,6 +21,8 @@ class NullMetric:
     def time(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    track_inprogress = time
+
 
 setattr(metrics, "Metrics", NullMetric())  # noqa: B010 (mypy)
 setattr(metrics, "init_app", lambda app, measured: None)  # noqa: B010

@@ -1,0 +1,92 @@
+"""`python -m signup.migrate`: prepare an older table `users` as docs/production.md describes it."""
+
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from psycopg2.errors import LockNotAvailable, UniqueViolation
+
+from .config import Config
+from .connection import connect
+from .database import describe, prepare_table
+from .validation import fold_email
+
+_, *parts = Path(__file__).with_name("migrate.sql").read_text().split("-- name: ")
+SQL = dict(part.split("\n", 1) for part in parts)
+BATCH, TRIES = 10_000, 60  # rows, and attempts to get a lock
+
+
+def migrate(cursor: Any, finish: bool) -> None:
+    """Prepare the table; `finish` also removes what older instances need. Raises SystemExit."""
+    cursor.execute(SQL["start"])
+    cursor.execute(SQL["table"])
+    supported, complete, indexed = cursor.fetchone()
+    if not supported:
+        sys.exit("no table users of an older version: see An existing table in docs/production.md")
+    if not complete:  # email_folded is missing, or may be NULL
+        _refuse(cursor, SQL["twice"].format('lower(email COLLATE "C")'))
+        _change(cursor, SQL["add column"])
+    _fold_rows(cursor)
+    if not indexed:
+        _refuse(cursor, SQL["twice"].format("email_folded"))
+        _change(cursor, SQL["drop incomplete index"])
+        print("building the unique index", flush=True)
+        cursor.execute("SET lock_timeout = 0")  # no signup waits behind it
+        cursor.execute("CREATE UNIQUE INDEX CONCURRENTLY ON users (email_folded)")
+    if finish:
+        for step in ("drop trigger", "validate", "set not null", "drop older indexes"):
+            _change(cursor, SQL[step])
+
+
+def _change(cursor: Any, statements: str) -> None:
+    # While a change waits for its lock, signups wait behind it. So it gives up soon.
+    cursor.execute("SET lock_timeout = '200ms'")
+    for _ in range(TRIES):
+        try:
+            cursor.execute(statements)
+            return
+        except LockNotAvailable:
+            print("another transaction uses the table: waiting", flush=True)
+            time.sleep(1)
+    sys.exit("another transaction (a backup?) uses the table: run this again after it")
+
+
+def _fold_rows(cursor: Any) -> None:
+    last, read, folded = -(2**62), 0, 0
+    while True:
+        cursor.execute(SQL["rows"], (last, BATCH))
+        if not (rows := cursor.fetchall()):
+            return
+        wrong = {n: new for n, email, old in rows if (new := fold_email(email)) != old}
+        changes = (list(wrong), list(wrong.values()))
+        try:
+            cursor.execute(SQL["fold"], changes)
+        except UniqueViolation:
+            _refuse(cursor, SQL["collisions"], changes)
+        last, read, folded = rows[-1][0], read + len(rows), folded + len(wrong)
+        print(f"{read} rows read, {folded} folded, up to id {last}", flush=True)
+
+
+def _refuse(cursor: Any, question: str, values: Any = None) -> None:
+    cursor.execute(question, values)
+    if groups := "; ".join(", ".join(map(str, numbers)) for (numbers,) in cursor):
+        sys.exit(f"users who share an email in any letter case, by id: {groups}: keep one of each")
+
+
+def main() -> None:
+    finish, config = "--finish" in sys.argv[1:], Config.from_env(workers=1)
+    try:
+        with closing(connect(config, time.monotonic() + 10)) as connection:
+            connection.deadline = time.monotonic() + 7 * 86400  # a week
+            migrate(connection.cursor(), finish)
+    except psycopg2.Error as error:
+        sys.exit(f"stopped by {describe(error)}: what is done is kept, so run this again")
+    prepare_table(config)  # the check of the next start
+    print("done" if finish else "done: once no older instance runs, run this with --finish")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The table `users`: created where there is none, checked where there is one, never altered."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from signup.config import Config
+from signup.database import SCHEMA, prepare_table
+from testbed import ROOT
+from testbed.database import Postgres, count_users, execute
+from testbed.service import USER, Service, refused_start, user
+
+COLUMNS = "first_name text, last_name text, created_at timestamptz, updated_at timestamptz"
+# Tables of others, or of older versions, and what the refusal names.
+FOREIGN = {
+    "CREATE TABLE users (name text); INSERT INTO users VALUES (NULL)": 'column "email"',
+    f"CREATE TABLE users (id bigint, email text UNIQUE, {COLUMNS});"
+    "INSERT INTO users VALUES (1, NULL)": 'column "email_folded"',
+    f"CREATE TABLE users (id bigint, email text, email_folded text UNIQUE, {COLUMNS});"
+    "ALTER TABLE users DROP COLUMN updated_at": 'column "updated_at"',
+    f"CREATE TABLE users (id bigint, email text, email_folded text, {COLUMNS})": "no unique index",
+    f"CREATE TABLE users (id bigint, email text, email_folded text, {COLUMNS});"
+    "CREATE UNIQUE INDEX ON users (email_folded, email)": "no unique index",
+    f"CREATE TABLE users (id bigint, email text, email_folded text, {COLUMNS});"
+    "CREATE UNIQUE INDEX ON users (email_folded) WHERE id > 0": "no unique index",
+    f"CREATE TABLE users (id uuid, email text, email_folded text UNIQUE, {COLUMNS})": "bigint",
+    "CREATE VIEW users AS SELECT 1 AS email": 'column "email_folded"',
+}
+
+
+def refusal(url: str) -> str:
+    """Return the one line with which a start on `url` is refused."""
+    done = refused_start(DATABASE_URL=url)
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert line.startswith("the database can't be used: ")
+    return line
+
+
+@pytest.mark.parametrize("ddl", FOREIGN)
+def test_table_of_another_application_is_refused_unchanged(postgres: Postgres, ddl: str) -> None:
+    url = postgres.new_database()
+    execute(url, ddl)
+    before = postgres.dump(url)
+    line = refusal(url)
+    assert FOREIGN[ddl] in line
+    assert line.endswith(": see An existing table in docs/production.md")
+    assert postgres.dump(url) == before
+
+
+def test_service_without_any_right_to_create_says_so(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    execute(postgres.admin_url(url), f"REVOKE CREATE ON SCHEMA public FROM {role(url)}")
+    assert "permission denied for schema public" in refusal(url)
+
+
+def role(url: str) -> str:
+    return url.partition("//")[2].partition(":")[0]
+
+
+def test_role_needs_no_more_than_insert_and_what_is_returned(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    admin = postgres.admin_url(url)
+    execute(admin, f"REVOKE CREATE ON SCHEMA public FROM {role(url)}")
+    execute(admin, SCHEMA.read_text())
+    assert "permission denied for table users" in refusal(url)
+    columns = "email, email_folded, first_name, last_name"
+    execute(admin, f"GRANT INSERT ({columns}) ON users TO {role(url)}")
+    execute(
+        admin, f"GRANT SELECT (id, email_folded, created_at, updated_at) ON users TO {role(url)}"
+    )
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        assert [service.signup(json=USER).status_code for _ in range(2)] == [201, 409]
+
+
+def test_instances_that_start_at_once_create_one_table(postgres: Postgres) -> None:
+    instances = 8
+    barrier = Barrier(instances)
+
+    def start(config: Config) -> None:
+        barrier.wait(timeout=60)
+        prepare_table(config)
+
+    with ThreadPoolExecutor(instances) as executor:
+        for _ in range(5):
+            url = postgres.new_database()
+            list(executor.map(start, [Config.from_env({"DATABASE_URL": url})] * instances))
+            assert count_users(url) == 0
+
+
+def test_only_a_known_email_is_a_409(url: str) -> None:
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        for n in range(2):
+            assert service.signup(json=user(f"known{n}")).status_code == 201
+        # As after a logical replication, which copies no sequence.
+        execute(url, "ALTER TABLE users ALTER id RESTART WITH 1")
+        execute(url, "CREATE UNIQUE INDEX ON users (first_name) WHERE first_name = 'Once'")
+        assert service.signup(json=user("new")).status_code == 500
+        assert "users_pkey" in service.log()
+        assert service.signup(json=user("KNOWN1")).status_code == 409
+        execute(url, "ALTER TABLE users ALTER id RESTART WITH 100")
+        assert service.signup(json=user("one") | {"first_name": "Once"}).status_code == 201
+        assert service.signup(json=user("two") | {"first_name": "Once"}).status_code == 500
+        assert service.signup(json=user("new")).status_code == 201
+        service.check_equalities(count_users(url))
+
+
+@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
+def test_race_for_one_email_has_one_winner_in_any_isolation(
+    postgres: Postgres, isolation: str
+) -> None:
+    clients, emails = 8, 20
+    url = postgres.new_database()
+    execute(
+        postgres.url, f"ALTER ROLE {role(url)} SET default_transaction_isolation = '{isolation}'"
+    )
+    barrier = Barrier(clients)
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+
+        def race(_: int) -> None:
+            for n in range(emails):
+                barrier.wait(timeout=60)
+                service.signup(json=user(f"race{n}"))
+
+        with ThreadPoolExecutor(clients) as executor:
+            list(executor.map(race, range(clients)))
+        assert service.answers == {201: emails, 409: emails * (clients - 1)}
+
+
+def test_domains_that_differ_are_two_accounts(service: Service) -> None:
+    for email, status in (
+        ("b@straße.de", 201),
+        ("b@strasse.de", 201),
+        ("B@xn--strae-oqa.de", 409),  # the first one's spelling in ASCII
+        ("b@STRASSE.de", 409),
+    ):
+        assert service.signup(json=USER | {"email": email}).status_code == status
+
+
+def test_make_run_names_the_database_that_it_was_given() -> None:
+    url = "postgresql://me:s3cret@db.example:5432/orders"
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.postgres", "true"],
+        cwd=ROOT,
+        env={"DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr == "DATABASE_URL is set: using database orders on db.example\n"
