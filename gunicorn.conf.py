@@ -28,7 +28,6 @@ workers = max(2, len(os.sched_getaffinity(0)))
 workers = settings.web_concurrency or min(workers, settings.database_max_connections)
 worker_class = "gevent"  # one greenlet per connection; gthread and sync count exactly as well
 keepalive = 10  # seconds; nginx's 5 is less, or a request could meet a connection that is closing
-# Seconds. No request takes longer.
 graceful_timeout = int(settings.database_pool_timeout + settings.database_statement_timeout) + 3
 # For the workers' heartbeats. On a disk, a slow write would make a worker look hung.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
@@ -71,7 +70,7 @@ def pre_fork(server: Any, worker: Any) -> None:
     worker.slot = slots.Slot.choose(taken, budget, server.cfg.workers, server.folder)
     try:
         if worker.slot.prepare(server.cfg.uid, server.cfg.gid):
-            slots.write_as(slots.MASTER, server.folder)
+            slots.write_as("master", server.folder)
             server.starts = Counter("signup_worker_starts_total", "Workers started", registry=None)
             if taken:  # the folder was deleted: replace workers that write to unlinked files
                 os.kill(os.getpid(), signal.SIGHUP)

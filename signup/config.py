@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
-from psycopg2 import ProgrammingError
-from psycopg2.extensions import parse_dsn
+import psycopg2
 
 URL = "postgresql://user:password@host:port/database"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -72,11 +71,12 @@ def _mistake_in_url(url: str, env: Mapping[str, str]) -> str | None:
     if re.search(r"[#\s'\"]|%(?![\dA-Fa-f]{2})|[@/][^?]*@", rest):
         return "percent-encode @ / # % quotes and spaces in the user, password and database"
     try:
-        dsn = parse_dsn(url)
-        float(dsn.get("connect_timeout", 0))
-        if scheme not in ("postgresql", "postgres") or re.search("[^0-9,]", dsn.get("port", "")):
+        dsn = psycopg2.extensions.parse_dsn(url)
+        limited = float(dsn.get("connect_timeout", 0)) >= 0
+        ports = re.fullmatch("[0-9,]*", dsn.get("port", ""))
+        if not (limited and ports and scheme in ("postgresql", "postgres")):
             raise ValueError
-    except (ProgrammingError, ValueError):
+    except (psycopg2.ProgrammingError, ValueError):
         return f"it must look like {URL}"
     # Poolers refuse or drop options. libpq would look up a service's host without a deadline.
     given = {"options", "service"} & dsn.keys() or env.get("PGOPTIONS") or env.get("PGSERVICE")

@@ -43,10 +43,7 @@ class Connection(extensions.connection):
 
 
 def connect(config: Config, deadline: float) -> Connection:
-    """Connect in autocommit mode. Raises psycopg2.Error if no address accepts by `deadline`.
-
-    An address is given up if it is silent and others are left. What failed last is tried last.
-    """
+    """Connect in autocommit mode. Raises psycopg2.Error if no address accepts by `deadline`."""
     dsn = DEFAULTS | extensions.parse_dsn(config.database_url) | {"client_encoding": "UTF8"}
     limit = float(dsn.get("connect_timeout", 0)) or inf  # seconds for each address
     targets, causes = _targets(dsn), []
@@ -54,7 +51,7 @@ def connect(config: Config, deadline: float) -> Connection:
     names = {each["host"] for each in targets if each.get("host") and not each["hostaddr"]}
     lookups = {name: _look_up(name) for name in names if name[0] not in "/@"}  # not a Unix socket
     while targets:
-        targets.sort(key=lambda each: _failed.get(str(each), 0))
+        targets.sort(key=lambda each: _failed.get(str(each), 0))  # what failed last is last
         target, now = targets.pop(0), monotonic()
         silence = min(SILENCE, (deadline - now) / (len(targets) + 1)) if targets else inf
         until = min(deadline, now + limit)
@@ -67,9 +64,9 @@ def connect(config: Config, deadline: float) -> Connection:
             connection.deadline, connection.silence, connection.autocommit = deadline, inf, True
             return connection
         except Exception as error:
-            _failed[str(target)] = monotonic()
+            _failed[str(target)] = monotonic() if now < deadline else 0
             place = " ".join(dict.fromkeys(filter(None, target.values()))) or "the default server"
-            cause = str(error).strip() or "no answer from the name servers in time"
+            cause = str(error).strip() or "no answer in time"
             causes.append(f"{place}: {cause.splitlines()[0]}")
     raise psycopg2.OperationalError("; ".join(causes))
 

@@ -23,9 +23,9 @@ RACE_LOST = errors.DuplicateTable, errors.DuplicateObject, errors.UniqueViolatio
 GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 
 INSERT = """
-INSERT INTO users (email, email_folded, first_name, last_name) VALUES (%s, %s, %s, %s)
-ON CONFLICT (email_folded) DO NOTHING
-RETURNING CAST(id AS bigint), CAST(created_at AS timestamptz), CAST(updated_at AS timestamptz)
+INSERT INTO users (email, email_folded, first_name, last_name, created_at, updated_at)
+VALUES (%s, %s, %s, %s, now(), now())
+ON CONFLICT (email_folded) DO NOTHING RETURNING CAST(id AS bigint), CAST(created_at AS timestamptz)
 """
 # Once in a session. (If a role's own default is serializable, a duplicate is an error.)
 SESSION = """
@@ -62,9 +62,8 @@ class Database:
             row, self._answered = cursor.fetchone(), monotonic()
         if not row:
             return None
-        number, *times = row  # converted here, as a role may set a time zone
-        created, updated = (f"{t.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" for t in times)
-        return {"id": number, **signup._asdict(), "created_at": created, "updated_at": updated}
+        created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # roles may set a time zone
+        return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
 
     def check(self) -> None:
         """Raise psycopg2.Error unless a primary answers within 2 seconds."""
@@ -100,7 +99,7 @@ def prepare_table(config: Config) -> None:
             if cursor.fetchone() == (None,):
                 with suppress(*RACE_LOST):  # to another instance that starts at the same moment
                     cursor.execute(SCHEMA.read_text())
-            # Checks columns, unique index and privileges, and executes nothing.
+            # Checks columns, index and the table's privileges, and executes nothing.
             cursor.execute(f"EXPLAIN {INSERT}", [""] * 4)
     except psycopg2.Error as error:
         what = describe(error)
@@ -111,6 +110,6 @@ def prepare_table(config: Config) -> None:
         raise ConfigError(f"the database can't be used: {what}") from error
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Return the cause for the log: the first line only, as later ones quote rows and SQL."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

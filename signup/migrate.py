@@ -29,7 +29,8 @@ def migrate(cursor: Any, finish: bool) -> None:
     if not complete:  # email_folded is missing, or may be NULL
         _refuse(cursor, SQL["twice"].format('lower(email COLLATE "C")'))
         _change(cursor, SQL["add column"])
-    _fold_rows(cursor)
+    for missing in (False, True):  # first what an older rule folded: it may hold another's place
+        _fold_rows(cursor, missing)
     if not indexed:
         _refuse(cursor, SQL["twice"].format("email_folded"))
         _change(cursor, SQL["drop incomplete index"])
@@ -51,13 +52,13 @@ def _change(cursor: Any, statements: str) -> None:
         except LockNotAvailable:
             print("another transaction uses the table: waiting", flush=True)
             time.sleep(1)
-    sys.exit("another transaction (a backup?) uses the table: run this again after it")
+    sys.exit("another transaction (a backup, autovacuum?) uses the table: run this again after it")
 
 
-def _fold_rows(cursor: Any) -> None:
+def _fold_rows(cursor: Any, missing: bool) -> None:
     last, read, folded = -(2**62), 0, 0
     while True:
-        cursor.execute(SQL["rows"], (last, BATCH))
+        cursor.execute(SQL["rows"], (last, missing, BATCH))
         if not (rows := cursor.fetchall()):
             return
         wrong = {n: new for n, email, old in rows if (new := fold_email(email)) != old}
@@ -66,6 +67,7 @@ def _fold_rows(cursor: Any) -> None:
             cursor.execute(SQL["fold"], changes)
         except UniqueViolation:
             _refuse(cursor, SQL["collisions"], changes)
+            continue
         last, read, folded = rows[-1][0], read + len(rows), folded + len(wrong)
         print(f"{read} rows read, {folded} folded, up to id {last}", flush=True)
 
@@ -77,12 +79,14 @@ def _refuse(cursor: Any, question: str, values: Any = None) -> None:
 
 
 def main() -> None:
-    finish, config = "--finish" in sys.argv[1:], Config.from_env(workers=1)
+    if sys.argv[1:] not in ([], ["--finish"]):
+        sys.exit("usage: python -m signup.migrate [--finish]")
+    finish, config = "--finish" in sys.argv, Config.from_env(workers=1)
     try:
         with closing(connect(config, time.monotonic() + 10)) as connection:
             connection.deadline = time.monotonic() + 7 * 86400  # a week
             migrate(connection.cursor(), finish)
-    except psycopg2.Error as error:
+    except (psycopg2.Error, KeyboardInterrupt) as error:
         sys.exit(f"stopped by {describe(error)}: what is done is kept, so run this again")
     prepare_table(config)  # the check of the next start
     print("done" if finish else "done: once no older instance runs, run this with --finish")

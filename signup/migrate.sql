@@ -24,6 +24,14 @@ SELECT count(*) = 6 AND EXISTS (
     EXISTS (SELECT FROM indexes WHERE key = 'email_folded' AND indisvalid)
 FROM pg_attribute WHERE attrelid = to_regclass('users')
     AND attname IN ('id', 'email', 'first_name', 'last_name', 'created_at', 'updated_at')
+    AND (attname <> 'email' OR attnotnull)
+    AND (attname <> 'id' OR atttypid IN ('int4'::regtype, 'int8'::regtype)
+        AND (atthasdef OR attidentity <> ''))
+    AND NOT EXISTS ( -- another column that an INSERT of the service would have to fill in
+        SELECT FROM pg_attribute AS other WHERE other.attrelid = pg_attribute.attrelid
+            AND attnum > 0 AND attnotnull AND NOT atthasdef AND attidentity = '' AND attname NOT IN
+            ('email', 'email_folded', 'first_name', 'last_name', 'created_at', 'updated_at')
+    )
 
 -- name: add column
 ALTER TABLE users ADD COLUMN IF NOT EXISTS email_folded text;
@@ -37,7 +45,8 @@ CREATE OR REPLACE TRIGGER signup_fold_email BEFORE INSERT ON users
     FOR EACH ROW WHEN (NEW.email_folded IS NULL) EXECUTE FUNCTION signup_fold_email()
 
 -- name: rows
-SELECT id, email, email_folded FROM users WHERE id > %s ORDER BY id LIMIT %s
+SELECT id, email, email_folded FROM users
+WHERE id > %s AND (email_folded IS NULL) = %s ORDER BY id LIMIT %s
 
 -- name: fold
 UPDATE users SET email_folded = new.folded

@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from time import monotonic
 
 import psycopg2
-from psycopg2 import errors, extensions
+from psycopg2 import errors
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE as IDLE
 from psycopg2.pool import PoolError, ThreadedConnectionPool
 
 from .config import Config
@@ -77,9 +78,10 @@ class Pool(ThreadedConnectionPool):
 
     def _end_turn(self, turn: Connection | None) -> None:
         with self._guard:
-            idle = turn and turn.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE
-            if turn and (not idle or turn.opened < self._valid_from):
-                turn.close()
+            if turn:
+                turn.used = monotonic()
+                if turn.opened < self._valid_from or turn.get_transaction_status() != IDLE:
+                    turn.close()
             while self._waiting:
                 waiter = self._waiting.popleft()
                 if waiter.set_running_or_notify_cancel():

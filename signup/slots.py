@@ -14,8 +14,7 @@ from typing import NamedTuple
 import psutil
 from prometheus_client import values
 
-MASTER = "master"  # replaces the slot number in the names of the master's files
-MASTER_FILE = f"counter_{MASTER}.db"
+MASTER_FILE = "counter_master.db"
 FILES = ("counter_{}.db", "histogram_{}.db", "gauge_livesum_{}.db")  # of each slot
 FILE_SIZE = 65536  # bytes; a worker's metrics fill a fifth of it
 

@@ -209,7 +209,8 @@ def main(*command: str) -> int:
         with contextlib.suppress(psycopg2.ProgrammingError):  # the service says what is wrong
             dsn = parse_dsn(url)
             place = f"{dsn.get('dbname', '?')} on {dsn.get('host', 'the default server')}"
-            print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
+            if "@" not in place:  # else a badly encoded password, which the service refuses
+                print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
         return _run(command, env)
     received: list[int] = []
     for number in SIGNALS:

@@ -94,6 +94,9 @@ def test_other_tables_are_refused_unchanged(postgres: Postgres) -> None:
         "CREATE TABLE users (name text)",
         GUIDE_TABLE.replace("UNIQUE", ""),
         GUIDE_TABLE.replace("VARCHAR(255) UNIQUE", "text, other text UNIQUE"),
+        GUIDE_TABLE.replace("UNIQUE NOT NULL", "UNIQUE"),
+        GUIDE_TABLE.replace("SERIAL", "uuid"),
+        GUIDE_TABLE.replace("VARCHAR(255) UNIQUE", "text UNIQUE NOT NULL, password text"),
     ):
         url = postgres.new_database()
         execute(url, ddl or "SELECT 1")
@@ -101,6 +104,23 @@ def test_other_tables_are_refused_unchanged(postgres: Postgres) -> None:
         status, _, output = run(url)
         assert (status, len(output.splitlines())) == (1, 1)
         assert postgres.dump(url) == before
+
+
+def test_other_arguments_are_refused(url: str) -> None:
+    execute(url, GUIDE_TABLE)
+    for argument in ("--help", "--finsh"):
+        status, _, output = run(url, argument)
+        assert (status, output) == (1, "usage: python -m signup.migrate [--finish]\n")
+
+
+def test_missing_fold_may_take_the_place_of_an_older_one(url: str) -> None:
+    execute(url, HALF_MIGRATED)
+    for email in ("b@strasse.de", "b@straße.de"):
+        execute(url, INSERT.format(email))
+    execute(url, "UPDATE users SET email_folded = 'b@strasse.de' WHERE id = 2")
+    assert run(url)[0] == 0
+    folded = execute(url, "SELECT email_folded FROM users ORDER BY id")
+    assert folded == [("b@strasse.de",), ("b@straße.de",)]
 
 
 def test_table_in_use_is_refused_in_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

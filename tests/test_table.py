@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from threading import Barrier
 
 import pytest
@@ -66,11 +67,9 @@ def test_role_needs_no_more_than_insert_and_what_is_returned(postgres: Postgres)
     execute(admin, f"REVOKE CREATE ON SCHEMA public FROM {role(url)}")
     execute(admin, SCHEMA.read_text())
     assert "permission denied for table users" in refusal(url)
-    columns = "email, email_folded, first_name, last_name"
+    columns = "email, email_folded, first_name, last_name, created_at, updated_at"
     execute(admin, f"GRANT INSERT ({columns}) ON users TO {role(url)}")
-    execute(
-        admin, f"GRANT SELECT (id, email_folded, created_at, updated_at) ON users TO {role(url)}"
-    )
+    execute(admin, f"GRANT SELECT (id, email_folded, created_at) ON users TO {role(url)}")
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
         assert [service.signup(json=USER).status_code for _ in range(2)] == [201, 409]
 
@@ -127,6 +126,14 @@ def test_race_for_one_email_has_one_winner_in_any_isolation(
         with ThreadPoolExecutor(clients) as executor:
             list(executor.map(race, range(clients)))
         assert service.answers == {201: emails, 409: emails * (clients - 1)}
+
+
+def test_table_needs_no_defaults_for_the_times(url: str) -> None:
+    execute(url, SCHEMA.read_text().replace("timestamptz NOT NULL DEFAULT now()", "timestamp"))
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        created = service.signup(json=USER).json()["user"]["created_at"]
+        stored = "SELECT CAST(created_at AS timestamptz), updated_at = created_at FROM users"
+        assert execute(url, stored) == [(datetime.fromisoformat(created), True)]
 
 
 def test_domains_that_differ_are_two_accounts(service: Service) -> None:
