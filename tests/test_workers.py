@@ -34,8 +34,8 @@ def test_worker_replacements_under_load_keep_totals_and_leak_no_files(url: str) 
 
 
 def test_live_workers_never_share_metrics_files(url: str) -> None:
-    with (
-        Service(DATABASE_URL=url, WEB_CONCURRENCY="3") as service,
+    with (  # on a slow machine, a reload takes longer than a statement may by default
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="3", DATABASE_STATEMENT_TIMEOUT="30") as service,
         ThreadPoolExecutor(1) as executor,
     ):
         # A worker that is stopped before it runs would not count as a start.
