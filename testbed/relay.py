@@ -92,9 +92,10 @@ class Relay:
 
     def _close(self, pair: tuple[socket.socket, socket.socket]) -> None:
         with self._lock:
-            if self._pairs.pop(pair, None) is None:
+            if pair not in self._pairs:
                 return
-        for end in pair:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            del self._pairs[pair]  # only now: connections() counts what a client may take for open

@@ -117,6 +117,7 @@ def test_unknown_name_delays_no_other_host(
         with Service(*CLASSES[worker_class], DATABASE_URL=both, **SETTINGS) as service:
             for number in range(3):
                 end_connections(postgres, url)
+                wait_until(lambda: relay.connections(postgres) == 0)  # the service can see it too
                 check(201, SIGNUP, service.signup, json=user(f"{number}"))
             started = monotonic()
             assert service.stop() == 0  # while a lookup still waits
