@@ -125,8 +125,6 @@ BAD_BODIES = (
     *map(name, (b"a\nb", b"a\tb", b"a\0b", rb"\x41", rb"\u12")),
     *map(extra, (b"01", b"0x1", b"+1", b".5", b"5.", b"True")),
     b"email=ada@example.com&first_name=Ada&last_name=Lovelace",
-    b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
-    *(b"!!python/object/apply:os.system ['true']", b"cos\nsystem\n(S'true'\ntR."),
     *(b'{"a": 1, ' * 1500, b"[" * LIMIT, b'{"a":' * (LIMIT // 5)),
     # RFC 8259, section 9, leaves the limit to the parser, and int() takes quadratic time.
     extra(b"9" * 5000),
@@ -145,28 +143,16 @@ FORBIDDEN = (
     *(rb"\u200f", rb"\u202e", rb"\u2067", rb"\u2028", rb"\u2029", rb"\udb40\udc41"),
 )
 EMAILS = (  # tests/test_validation.py compares the verdicts with those of email-validator
-    *(
-        "ada",
-        "@example.com",
-        "ada@",
-        "a..b@c.com",
-        "ada@localhost",
-        "ada@[127.0.0.1]",
-        "ada@xn--0.com",
-    ),
-    *('"ada lovelace"@example.com', "Ada <ada@example.com>", "ada@example.com,eve@example.com"),
-    *("mailto:ada@example.com", "ada@example.com%0d%0aBcc:eve@example.com", "ada＠example.com"),
-    *("'; DROP TABLE users; --@example.com", "ada@example.com' OR '1'='1", "<b>a</b>@example.com"),
+    *("ada", "a..b@c.com", "ada@localhost", "ada@[127.0.0.1]", "ada@xn--0.com", "ada＠example.com"),
+    *("Ada <ada@example.com>", "ada@example.com%0d%0aBcc:eve@example.com", "<b>a</b>@example.com"),
+    "'; DROP TABLE users; --@example.com",
 )
 
 # Body sizes and framing that the application refuses.
 BODIES = {
     "over the limit": (post(b" " * (LIMIT + 1)), TOO_LARGE),
-    "far over the limit": (post(GOOD.ljust(1_000_000)), TOO_LARGE),
-    "declared over the limit": (length(b"20000", GOOD), TOO_LARGE),
     "declared far over the limit": (length(b"99999999999999999999", GOOD), TOO_LARGE),
     "over the limit in chunks": (chunks(b"4001\r\n" + b" " * 0x4001 + b"\r\n0\r\n\r\n"), TOO_LARGE),
-    "too large in small chunks": (chunks(b"1\r\n \r\n" * (LIMIT + 1) + b"0\r\n\r\n"), TOO_LARGE),
     "1 MB in one chunk": (chunks(b"f4240\r\n%b\r\n0\r\n\r\n" % (b" " * 1_000_000)), TOO_LARGE),
     "no length": (http(b"POST /signup HTTP/1.1"), INVALID),
     "no length in HTTP/1.0": (http(b"POST /signup HTTP/1.0"), INVALID),
@@ -175,22 +161,17 @@ BODIES = {
     "a Host of 8,000 characters": (post(GOOD, host=b"Host: " + b"x" * 8000), INVALID),
 }
 END = b"\r\n{}\r\n0\r\n\r\n"
-BAD_CHUNKS = (
-    *(size + END for size in (b"zz", b"-2", b"+2", b"0x2", b"0_2", b" 2", b"", b"1")),
-    *(b"2" + extension + END for extension in (b";a=\x01", b";a\rb", b";", b" ")),
-    *(b"2\r\n{}0\r\n\r\n", b"2\r\n{}xx0\r\n\r\n", b"1\r\n{}" + b" " * 100, GOOD + b"\r\n"),
-    *(b"0\r\n\r\n", b"zz\r\n\r\n" + HIDDEN, b"1" * 10_000),
-    # Trailers: two that would change the request, a malformed one, and too many.
-    *(CHUNKED[:-2] + b"Host: y\r\n\r\n", CHUNKED[:-2] + b"Content-Length: 1\r\n\r\n"),
-    *(CHUNKED[:-2] + b"zebedee\r\n\r\n", CHUNKED[:-2] + b"A: b\r\n" * 200 + b"\r\n"),
+BAD_CHUNKS = (  # none, and one of each kind that gunicorn refuses while the body is read
+    *(b"0\r\n\r\n", b"zz" + END, b"zz\r\n\r\n" + HIDDEN, b"1" + END, b"2;a=\x01" + END),
+    # Trailers: one that would change the request, a malformed one, and too many.
+    *(CHUNKED[:-2] + b"Content-Length: 1\r\n\r\n", CHUNKED[:-2] + b"zebedee\r\n\r\n"),
+    CHUNKED[:-2] + b"A: b\r\n" * 200 + b"\r\n",
 )
-PARTS = (b"", b"2", b"5\r\n{}", CHUNKED[:-7], CHUNKED[:-5], CHUNKED[:-2], b"f" + CHUNKED)
+PARTS = (b"", b"2", b"5\r\n{}", CHUNKED[:-7], CHUNKED[:-2])
 CUT_SHORT = {
     "a body, before its first byte": (length(b"100", b""), INVALID),
     "a body": (length(b"100", b"{"), INVALID),
     "a body that is valid JSON": (length(b"%d" % (len(GOOD) + 1), GOOD), INVALID),
-    "a size of 16 digits": (chunks(b"f" * 16 + b"\r\n{}"), INVALID),
-    "bare LFs": (chunks(CHUNKED.replace(b"\r\n", b"\n")), INVALID),
     **{f"chunks {body!r}": (chunks(body), INVALID) for body in PARTS},
     "a head": (b"GET /signup HTTP/1.1\r\nHost: zebedee\r\nX: x", REFUSED),
     "a long head": (b"GET /signup HTTP/1.1\r\nX: zebedee" + b"x" * 100_000, REFUSED),
@@ -208,47 +189,25 @@ SMUGGLED = {  # a second request is served only if the end of the first is certa
     "in chunks that are not read": (UNREAD, WELCOME, REFUSED),
     "in a header": (get(b"X: x\r\n\r\n" + HIDDEN), NOT_POST, WELCOME, REFUSED),
 }
-# One request of each kind that gunicorn refuses, whatever follows it.
-LENGTHS = (b"-1", b"+2", b"zebedee", b"", b"2, 2", b"\xb2", b"1_0", b"0x2", b"9" * 5000)
-CODINGS = (b"chunked, chunked", b"chunked, gzip", b"identity", b"zebedee", b"\r\n chunked")
+# One request of each kind that gunicorn refuses, and one for each setting that would permit it.
 LINES = (
-    *(b"GET /zebedee", b"GET HTTP/1.1", b"GET  HTTP/1.1", b"zebedee", b"GET /z ebedee HTTP/1.1"),
-    *(b"GET\t/zebedee\tHTTP/1.1", b"GET /zebedee HTTP/1.1 ", b" GET /zebedee HTTP/1.1"),
-    *(b"GET /zebedee HTTP/0.9", b"GET / HTTP/1.10", b"GET / HTTP/2.0", b"GET / http/1.1"),
-    *(b"OPTIONS sip:zebedee SIP/2.0", b"PRI * HTTP/2.0", b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2"),
-    *(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"*1\r\n$4\r\nPING", b"\0" * 100),
-    *(b"post /zebedee HTTP/1.1", b"GE / HTTP/1.1", b"A" * 21 + b" / HTTP/1.1"),
-    *(b"POST\0 / HTTP/1.1", b"PO(ST / HTTP/1.1", b"POST * HTTP/1.1", b"POST signup HTTP/1.1"),
-    *(b"POST zebedee:80 HTTP/1.1", b"POST /zebede\xe9 HTTP/1.1", b"POST /signup\0 HTTP/1.1"),
-    *(b"POST http://[zebedee/signup HTTP/1.1", b"POST http:/signup HTTP/1.1"),
-    *(b"GET /zebedee?" + b"x" * 5000 + b" HTTP/1.1", b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1"),
+    *(b"zebedee", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/2.0"),
+    *(b"post /zebedee HTTP/1.1", b"GET /zebedee?" + b"x" * 5000 + b" HTTP/1.1"),
 )
 NOT_HTTP = (
-    *(length(value, b"{}" + HIDDEN) for value in LENGTHS),
+    *(length(value, b"{}" + HIDDEN) for value in (b"-1", b"2, 2", b"9" * 5000)),
     length(b"2", b"{}" + HIDDEN, b"Content-Length: %d" % (2 + len(HIDDEN))),
     length(b"5", b"0\r\n\r\n" + HIDDEN, b"Transfer-Encoding: chunked"),
-    *(chunks(CHUNKED, b"Content-Length: 5"), chunks(CHUNKED, b"Transfer-Encoding: chunked")),
     chunks(CHUNKED).replace(b"Encoding", b"Encoding "),
-    chunks(CHUNKED).replace(b"/1.1", b"/1.0"),
-    *(chunks(CHUNKED).replace(b"chunked", coding) for coding in CODINGS),
-    *map(get, (b"X: " + b"x" * 10_000, b"X: " + b"x" * 1_000_000, b"zebedee" * 100_000 + b": x")),
-    *(get(*[b"X: " + b"x" * 8000] * 125), get(*[b"X: x"] * 100), get(*[b"X: x"] * 10_000)),
-    *map(get, (b"zebedee", b": zebedee", b"X zebedee: x", b"X : zebedee", b"X: x\r\n zebedee")),
-    *map(get, (b"\xc3\xa9: zebedee", b"X: zebedee\0", b"zebedee\0: x", b"X: \rzebedee")),
-    *map(get, (b"X: \nzebedee", b"X: zebedee\x1b[2J", b"Host: zebedee", b"Expect: zebedee")),
+    *(chunks(CHUNKED).replace(b"chunked", coding) for coding in (b"zebedee", b"\r\n chunked")),
+    *(get(b"X: " + b"x" * 10_000), get(*[b"X: x"] * 100), get(b"X: zebedee\0"), get(b"zebedee")),
+    *(get(b"\xc3\xa9: zebedee"), get(b"Host: zebedee"), get(b"Expect: zebedee")),
     get(b"X-Forwarded-Proto: https", b"X-Forwarded-Ssl: zebedee"),
-    post(GOOD, b"Content-Type: a/b", b"Content-Type: zebedee/d"),
-    *(b"GET /zebedee HTTP/1.1\nHost: x\n\n", b"\r\n\r\n" + get(target=b"/zebedee")),
     *(line + b"\r\nHost: x\r\n\r\n" + HIDDEN for line in LINES),
 )
-OTHER_METHODS = (
-    *("GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND"),
-    *("SEARCH", "PURGE", "QUERY", "BREW", "POSTS", "PO-ST", "A" * 20),
-)
-METHODS = {
-    **{name: (http(name.encode() + b" /signup HTTP/1.1"), NOT_POST) for name in OTHER_METHODS},
+METHODS = {  # tests/test_http.py has the usual ones
+    **{name: (http(name.encode() + b" /signup HTTP/1.1"), NOT_POST) for name in ("HEAD", "PO-ST")},
     "PUT with a user": (post(GOOD).replace(b"POST", b"PUT", 1), NOT_POST),
-    "GET with a user": (post(GOOD).replace(b"POST", b"GET", 1), NOT_POST),
     "override header": (get(b"X-HTTP-Method-Override: POST"), NOT_POST),
     "POST /": (post(GOOD, target=b"/"), NOT_GET),
     "POST /metrics": (post(GOOD, target=b"/metrics"), NOT_GET),
@@ -257,18 +216,9 @@ METHODS = {
 }
 OTHER_PATHS = (  # only the exact path /signup matches; tests/test_http.py has plain ones
     *("/signup%00", "/signup%2f", "/%2fsignup", "/signup%20", "/signup%0d%0aX:%20y", "/./signup"),
-    *(
-        "/x/../signup",
-        "/%2e%2e/signup",
-        "/..;/signup",
-        "/signup;x=y",
-        "/signup%3Fa=b",
-        "/signup%23",
-    ),
-    *("/\\signup", "/%5csignup", "/signup%C0%AF", "/sign%FFup", "/signup%", "/%ef%bc%8fsignup"),
-    *("/%252fsignup", "/.git/config", "/%2e%2e/%2e%2e/etc/passwd", "/metrics/", "///signup"),
-    *("http://x//signup", "http://x", "//x/signup", "http://x?/signup", "signup?://", "signup://"),
-    "file:///etc/passwd",
+    *("/x/../signup", "/%2e%2e/signup", "/signup;x=y", "/signup%3Fa=b", "/\\signup", "/sign%FFup"),
+    *("/%252fsignup", "/%2e%2e/%2e%2e/etc/passwd", "/metrics/", "///signup", "http://x//signup"),
+    *("http://x", "//x/signup", "http://x?/signup", "signup?://", "file:///etc/passwd"),
 )
 PATHS = {
     **{path: (post(GOOD, target=path.encode()), NOT_FOUND) for path in OTHER_PATHS},
@@ -329,18 +279,14 @@ SAME_PATH = (
 )
 HEADERS = (  # without effect on the response
     *(b"SCRIPT_NAME: /x", b"SCRIPT-NAME: /signup", b"PATH_INFO: /", b"PATH-INFO: /"),
-    *(b"REQUEST_METHOD: GET", b"REMOTE_USER: admin", b"CONTENT_LENGTH: 1"),
-    *(b"TRANSFER_ENCODING: chunked", b"Expect: 100-Continue", b"X-Real-IP: ::1"),
-    *(b"X-Forwarded-For: 127.0.0.1", b"X-Forwarded-For: \xe9, ' OR 1=1", b"X-Forwarded-Port: x"),
-    *(b"X-Forwarded-Host: evil.example", b"X-Forwarded-Proto: gopher", b"Range: bytes=0-0"),
-    *(b"X-Forwarded-Prefix: /signup", b"Forwarded: for=\xe9;host=evil.example;proto=x"),
-    *(b"X-Original-URL: /metrics", b"X-Rewrite-URL: /", b"X-HTTP-Method-Override: GET"),
-    *(b"Content-Type: application/json; charset=utf-16", b"Content-Type: \xe9", b"Accept: x"),
-    *(b"Content-Type: multipart/form-data", b"Content-Encoding: gzip", b"If-None-Match: *"),
-    *(b"Cookie: session=\xe9; a", b"Authorization: Basic \xe9", b"Connection: close, Host"),
-    *(b"Upgrade: h2c", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: A"),
+    *(b"CONTENT_LENGTH: 1", b"TRANSFER_ENCODING: chunked", b"Expect: 100-Continue"),
+    *(b"X-Forwarded-For: \xe9, ' OR 1=1", b"X-Forwarded-Host: evil.example"),
+    *(b"X-Forwarded-Proto: gopher", b"X-Forwarded-Prefix: /signup", b"X-Original-URL: /metrics"),
+    *(b"X-HTTP-Method-Override: GET", b"Content-Type: application/json; charset=utf-16"),
+    *(b"Content-Type: multipart/form-data", b"Content-Encoding: gzip", b"Cookie: session=\xe9; a"),
+    *(b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: A", b"Accept: x"),
     *(b"X-Request-ID: a b", b"X-Request-ID: \xe9", b"X-Request-ID: " + b"a" * 129),
-    *(b"X-Request-ID: a%0d%0aSet-Cookie:%20b", b"X-Request-ID:", b"User-Agent: () { :; }; true"),
+    *(b'X-Request-ID: "}{"level":"x', b"X-Request-ID:", b"X-Request-ID: <script>"),
 )
 HOSTS = (
     *(b"", b"Host:", b"Host: a b", b"Host: \xe9", b"Host: evil.example", b"Host: x:99999"),
@@ -471,26 +417,3 @@ def test_unusual_valid_signup_returns_201(service: Service, key: str) -> None:
     assert answer.status == 201, answer
     if key.startswith("name: "):
         assert answer.json["user"]["last_name"] == key.removeprefix("name: ")
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        http(b"POST /signup HTTP/1.1", b"Content-Length: 999999999999999"),
-        http(b"POST /signup HTTP/1.1", b"Transfer-Encoding: chunked", body=b"fffffffff\r\n"),
-        http(b"PUT /signup HTTP/1.1", b"Content-Length: 999999999999999"),
-        http(b"GET / HTTP/1.1", b"Content-Length: 999999999999999"),
-        http(b"GET /nothing HTTP/1.1", b"Transfer-Encoding: chunked", body=b"fffffffff\r\n"),
-    ],
-)
-def test_endless_body_does_not_block_other_clients(service: Service, start: bytes) -> None:
-    with service.connect() as client:
-        client.sendall(start)
-        for _ in range(10):
-            client.sendall(b" " * 65536)
-        assert client.recv(65536).startswith(b"HTTP/1.1 ")
-        for _ in range(4):  # gunicorn keeps reading, and serves other clients
-            client.sendall(b" " * 65536)
-            assert service.get("/healthz").status_code == 200
-    if b"/signup" in start:
-        service.answers[405 if start.startswith(b"PUT") else 413] += 1
