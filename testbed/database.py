@@ -19,6 +19,8 @@ from . import wait_until
 from .postgres import EmbeddedPostgres
 from .programs import is_alive
 
+BUILTIN_LOCALE = "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8'"
+
 
 class Postgres:
     """An embedded PostgreSQL for a `with` block; with the URL of a `primary`, its standby."""
@@ -38,23 +40,16 @@ class Postgres:
         self.server.stop()
         shutil.rmtree(self._folder)
 
-    def new_database(self, locale: str = "builtin C.UTF-8", encoding: str = "UTF8") -> str:
+    def new_database(self, options: str = BUILTIN_LOCALE) -> str:
         """Create an empty database and an unprivileged role; return the role's URL.
 
-        `locale` is a libc locale, or a provider and its locale.
+        Without `options` of CREATE DATABASE, it has the locale C and the encoding UTF8.
         """
         name = f"test_{time.monotonic_ns()}"
         execute(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'right'")
         # The service's times are in UTC, whatever the time zone of its sessions.
         execute(self.url, f"ALTER ROLE {name} SET timezone = 'Asia/Kolkata'")
-        provider, _, other = locale.rpartition(" ")
-        options = f"LOCALE_PROVIDER {provider} {provider}_LOCALE '{other}'" if provider else ""
-        if encoding != "UTF8":
-            options = ""
-        execute(
-            self.url,
-            f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C' {options}",
-        )
+        execute(self.url, f"CREATE DATABASE {name} TEMPLATE template0 LOCALE 'C' {options}")
         admin = self.url.replace("/postgres?", f"/{name}?")
         execute(admin, f"GRANT CREATE ON SCHEMA public TO {name}")
         return admin.replace("//postgres@", f"//{name}:right@")

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from testbed import wait_until
-from testbed.database import Postgres, count_users
+from testbed.database import count_users
 from testbed.postgres import home_for
 from testbed.programs import is_alive
 from testbed.service import USER, Service, project_copy, user
@@ -48,17 +48,6 @@ def test_example_and_concurrent_traffic_counts_exactly(service: Service, databas
     assert service.quiet_metrics().total("database_query_duration_seconds_count") == sum(
         service.answers[status] for status in (201, 409)
     )
-
-
-def test_instances_can_start_at_once_on_one_empty_database(postgres: Postgres) -> None:
-    url = postgres.new_database()
-    with ThreadPoolExecutor(4) as executor:
-        services = [Service(DATABASE_URL=url, WEB_CONCURRENCY="1") for _ in range(4)]
-        try:
-            for service in executor.map(Service.__enter__, services):
-                assert service.get("/readyz").status_code == 200
-        finally:
-            list(executor.map(Service.__exit__, services))
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_signups_of_the_older_service_go_on(postgres: Postgres) -> None:
 
 @pytest.mark.parametrize("table", [GUIDE_TABLE, OLDER_TABLE, HALF_MIGRATED])
 def test_older_table_serves_both_versions_then_the_new_one(postgres: Postgres, table: str) -> None:
-    url = postgres.new_database(locale="C")
+    url = postgres.new_database(options="")
     execute(url, table)
     for email in ("N7@example.com", "JOSÉ@example.com", "A@Straße.de", "odd@-example"):
         execute(url, INSERT.format(email))
@@ -74,7 +74,7 @@ def test_rows_folded_by_an_older_rule_are_folded_anew(url: str) -> None:
 def test_emails_that_differ_in_case_only_are_listed_by_id(
     postgres: Postgres, table: str, one: str, two: str
 ) -> None:
-    url = postgres.new_database(locale="C")
+    url = postgres.new_database(options="")
     execute(url, table.replace("lower(email)", "email"))
     for email in (one, "other@x.de", two):
         execute(url, INSERT.format(email))
