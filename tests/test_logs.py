@@ -1,13 +1,10 @@
 """The log: JSON, with the request's id, without personal data."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 from typing import Any
 
-import pytest
 import requests
 
 from testbed import wait_until
@@ -53,21 +50,6 @@ def test_each_500_logs_the_request_and_its_cause(service: Service, database_url:
     assert causes[0]["message"].startswith('database: UndefinedColumn: column "last_name" of ')
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", '"}{"level":"x', "<script>"])
-def test_malformed_request_id_is_replaced(service: Service, database_url: str, given: str) -> None:
-    with broken_table(database_url):
-        response = service.signup(json=PERSON, headers={"X-Request-ID": given.encode()})
-    made = response.headers["X-Request-ID"]
-    assert made != given
-    assert made.isalnum()
-    (event,) = [
-        event
-        for event in events(service)
-        if event["message"] == "request failed" and event["request_id"] == made
-    ]
-    assert event["status"] == 500
-
-
 def test_unexpected_exception_is_logged_with_its_traceback(database_url: str) -> None:
     with project_copy() as project:
         views = project / "signup" / "views.py"
@@ -103,9 +85,9 @@ def test_every_line_after_the_start_line_is_json(database_url: str) -> None:
             assert line.keys() == {"time", "level", "pid", "message"}
 
 
-@pytest.mark.parametrize("level", ["info", "debug"])
-def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
-    with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL=level) as service:
+def test_personal_data_is_not_logged(database_url: str) -> None:
+    """Of requests that the application answers; tests/test_hostile.py sends others."""
+    with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="2", LOG_LEVEL="debug") as service:
         service.wait_for(database_connections_max=25)
         start = len(service.log())
         service.signup(json=PERSON, headers={"User-Agent": "Agent/7"})
@@ -116,19 +98,6 @@ def test_personal_data_is_not_logged(database_url: str, level: str) -> None:
         with broken_table(database_url):
             other = PERSON | {"email": "new." + PERSON["email"]}
             assert service.signup(json=other).status_code == 500
-        for raw in (  # tests/test_hostile.py sends more of them
-            b"Zebedee /secret.person\r\n\r\n",
-            b"GET / HTTP/1.1\r\nHost: x\r\nCookie: Zebedee\x00\r\n\r\n",
-            b"POST /signup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nQuux\r\n",
-            b"GET /secret.person HTTP/1.1\r\nHost: Zebedee",  # incomplete
-        ):
-            with service.connect() as client:
-                client.sendall(raw)
-                client.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(ConnectionResetError):
-                    while client.recv(4096):
-                        pass
-        wait_until(lambda: "Invalid request" in service.log())
         service.stop()
         log = service.log()[start:]
         assert 'column \\"last_name\\"' in log
