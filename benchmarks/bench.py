@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from testbed.database import Postgres, count_users, execute
 from testbed.programs import free_port
 from testbed.service import GUNICORN
 
-from .wrk import spread, wrk
+from .wrk import Run, spread, wrk
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 SECONDS = int(os.environ.get("SECONDS", "10"))  # per measurement
@@ -147,41 +147,44 @@ def new_table(postgres: Postgres) -> str:
     return url
 
 
-def measure(contender: Contender, postgres: Postgres, clients: int, seconds: int) -> Result:
+def measured(
+    address: str, url: str, pids: Sequence[int], clients: int, seconds: int
+) -> tuple[Run, int, list[float]]:
+    """Run wrk; return its counts, the new rows, and the CPU seconds per signup of each pid."""
+    rows, before = settled_rows(url), [cpu(pid) for pid in pids]
+    run = wrk(address, clients, seconds)
+    signups = settled_rows(url) - rows
+    assert run.refused == run.unanswered == 0, run
+    # Requests in flight when wrk stops are stored, but wrk does not count them.
+    assert run.created <= signups <= run.created + clients, (run, signups)
+    used = [cpu(pid) - start for pid, start in zip(pids, before, strict=True)]
+    return run, signups, [seconds / signups for seconds in used]
+
+
+def measure(contender: Contender, postgres: Postgres) -> Result:
     url = new_table(postgres)
     with running(contender, url) as (address, pid):
-        warm = wrk(address, clients, 2)
-        rows, before = settled_rows(url), cpu(pid)
-        run = wrk(address, clients, seconds)
-        stored, used = settled_rows(url) - rows, cpu(pid) - before
+        wrk(address, CLIENTS, 2)
+        run, _, (used,) = measured(address, url, [pid], CLIENTS, SECONDS)
         processes = children(pid) or [pid]  # no children: a single process
         workers = sorted((private_memory(p) for p in processes), reverse=True)[:2]
-    assert warm.refused == warm.unanswered == run.refused == run.unanswered == 0, (warm, run)
-    # Requests in flight when wrk stops are stored, but wrk does not count them.
-    assert run.created <= stored <= run.created + clients, (run, stored)
-    return Result(run.rate, run.p50, run.p99, used / stored, sum(workers) / len(workers))
+    return Result(run.rate, run.p50, run.p99, used, sum(workers) / len(workers))
 
 
-def measure_at_once(postgres: Postgres, clients: int, seconds: int) -> list[float]:
-    """Return the CPU seconds per signup of each contender, with `clients` for each of them."""
+def measure_at_once(postgres: Postgres) -> list[float]:
+    """Return the CPU seconds per signup of each contender; they share the clients."""
+    clients = CLIENTS // len(CONTENDERS)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as executor:
-        urls = [new_table(postgres) for _ in CONTENDERS]
-        started = [
-            stack.enter_context(running(contender, url))
-            for contender, url in zip(CONTENDERS, urls, strict=True)
+        started = []
+        for contender in CONTENDERS:
+            url = new_table(postgres)
+            started.append((url, *stack.enter_context(running(contender, url))))
+        wait([executor.submit(wrk, address, clients, 2) for _, address, _ in started])
+        runs = [
+            executor.submit(measured, address, url, [pid], clients, SECONDS)
+            for url, address, pid in started
         ]
-
-        def load(duration: int) -> None:
-            loads = [executor.submit(wrk, address, clients, duration) for address, _ in started]
-            assert not any(run.result().refused + run.result().unanswered for run in loads)
-
-        load(2)
-        rows, before = [settled_rows(url) for url in urls], [cpu(pid) for _, pid in started]
-        load(seconds)
-        return [
-            (cpu(pid) - used) / (settled_rows(url) - count)
-            for (_, pid), used, url, count in zip(started, before, urls, rows, strict=True)
-        ]
+        return [run.result()[2][0] for run in runs]
 
 
 def settled_rows(url: str) -> int:
@@ -197,7 +200,7 @@ def settled_rows(url: str) -> int:
     return rows
 
 
-def pgbench(postgres: Postgres, seconds: int) -> float:
+def pgbench(postgres: Postgres) -> float:
     """Return how many of the same INSERTs pgbench makes per second with 25 clients."""
     script = postgres.server.home / "pgbench.sql"
     script.write_text(
@@ -206,7 +209,7 @@ def pgbench(postgres: Postgres, seconds: int) -> float:
         " VALUES (:a || '-' || :b || '@example.com', :a || '-' || :b || '@example.com',"
         " 'John', 'Doe') ON CONFLICT DO NOTHING RETURNING id;\n"
     )
-    options = ("--no-vacuum", "--client=25", "--jobs=2", f"--time={seconds}", f"--file={script}")
+    options = ("--no-vacuum", "--client=25", "--jobs=2", f"--time={SECONDS}", f"--file={script}")
     output = postgres.server.run("pgbench", *options, new_table(postgres))
     (rate,) = re.findall(r"^tps = ([\d.]+)", output, re.M)
     return float(rate)
@@ -220,11 +223,10 @@ def main() -> None:
             print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
             for contender in CONTENDERS:
                 execute(postgres.url, "CHECKPOINT")
-                results[contender.name].append(measure(contender, postgres, CLIENTS, SECONDS))
-            at_once = measure_at_once(postgres, CLIENTS // len(CONTENDERS), SECONDS)
-            for rounds, seconds in zip(results.values(), at_once, strict=True):
+                results[contender.name].append(measure(contender, postgres))
+            for rounds, seconds in zip(results.values(), measure_at_once(postgres), strict=True):
                 rounds[-1] = replace(rounds[-1], cpu_at_once=seconds)
-            ceiling.append(pgbench(postgres, SECONDS))
+            ceiling.append(pgbench(postgres))
     report(results, ceiling)
 
 

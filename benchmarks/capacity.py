@@ -15,7 +15,7 @@ from testbed.database import Postgres, execute
 from testbed.load import scrape_time
 from testbed.service import Service
 
-from .bench import cpu, machine, new_table, settled_rows
+from .bench import machine, measured, new_table
 from .wrk import Run, spread, wrk
 
 ROUNDS = 5
@@ -43,31 +43,25 @@ class Case:
     cpu: list[float] = field(default_factory=list)  # of the service, per signup
     database_cpu: list[float] = field(default_factory=list)  # of PostgreSQL, per signup
 
-    def measure(self, postgres: Postgres, seconds: int) -> None:
+    def measure(self, postgres: Postgres) -> None:
         with Service(DATABASE_URL=self.url, WEB_CONCURRENCY="2") as service:
             wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
             with self.pin(service):
                 wrk(service.url, self.clients, 1)  # opens the connections of the pool
-                rows, before = settled_rows(self.url), service.quiet_metrics()
-                pids = service.process.pid, postgres.pids()[0]
-                used = [cpu(pid) for pid in pids]
-                run = wrk(service.url, self.clients, seconds)
-                signups, now = settled_rows(self.url) - rows, service.quiet_metrics()
-                used = [cpu(pid) - start for pid, start in zip(pids, used, strict=True)]
+                before, pids = service.quiet_metrics(), (service.process.pid, postgres.pids()[0])
+                run, signups, costs = measured(service.url, self.url, pids, self.clients, SECONDS)
+                now = service.quiet_metrics()
                 self.scrapes.append(scrape_time(service, times=30))
 
         def increase(name: str) -> float:
             return now.total(name) - before.total(name)
 
-        assert run.refused == run.unanswered == 0, run
-        # Requests in flight when wrk stops are stored, but wrk does not count them.
-        assert run.created <= signups <= run.created + self.clients, (run, signups)
         assert increase("signup_requests_total") == signups
         query = "database_query_duration_seconds"
         self.runs.append(run)
         self.inserts.append(increase(f"{query}_sum") / increase(f"{query}_count"))
-        self.cpu.append(used[0] / signups)
-        self.database_cpu.append(used[1] / signups)
+        self.cpu.append(costs[0])
+        self.database_cpu.append(costs[1])
 
 
 @contextlib.contextmanager
@@ -90,27 +84,27 @@ def on_one_core(service: Service) -> Iterator[None]:
         pin(cores)
 
 
-def measure(postgres: Postgres, rounds: int, seconds: int, rows: tuple[int, ...]) -> list[Case]:
-    """Measure each case for `rounds` of `seconds`; `rows` are the table sizes of the last cases."""
+def measure(postgres: Postgres) -> list[Case]:
+    """Measure each case in turn, ROUNDS times; the last ones are tables of the sizes in ROWS."""
     cases = [
         Case("service on all cores", postgres.new_database()),
         Case("service on one core", postgres.new_database(), pin=on_one_core),
     ]
-    for number in rows:
+    for number in ROWS:
         url = new_table(postgres)
         execute(url, FILL.format(number))
         execute(url, "VACUUM ANALYZE users")
         cases.append(Case(f"{number:,} rows", url, clients=1))
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         execute(postgres.url, "CHECKPOINT")
         for case in cases:
-            case.measure(postgres, seconds)
+            case.measure(postgres)
     return cases
 
 
 def main() -> None:
     with Postgres() as postgres:
-        cases = measure(postgres, ROUNDS, SECONDS, ROWS)
+        cases = measure(postgres)
     print(f"{machine()}\nmedian of {ROUNDS} x {SECONDS} s (minimum to maximum)")
     for case in cases:
         print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
