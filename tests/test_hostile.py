@@ -396,20 +396,6 @@ def test_request_that_gunicorn_refuses_is_logged(service: Service) -> None:
     wait_until(lambda: service.log().count('"Invalid request"') == logged + 1)
 
 
-@pytest.mark.parametrize(("body", "status"), [(new_user_json(), 201), (b"x" * 20_000, 413)])
-def test_expect_100_continue_gets_an_interim_response(
-    service: Service, body: bytes, status: int
-) -> None:
-    head, empty_line, _ = post(body, b"Expect: 100-continue").partition(b"\r\n\r\n")
-    with service.connect() as client, client.makefile("rb") as stream:
-        client.sendall(head + empty_line)
-        assert stream.readline() + stream.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
-        if status == 201:
-            client.sendall(body)
-        assert receive(stream, head=False).status == status
-    service.answers[status] += 1
-
-
 @pytest.mark.parametrize("key", FINE)
 def test_unusual_valid_signup_returns_201(service: Service, key: str) -> None:
     (answer,) = talk(service, key)

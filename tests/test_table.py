@@ -151,14 +151,7 @@ def test_table_needs_no_defaults_for_the_times(url: str) -> None:
 
 
 def test_make_run_names_the_database_that_it_was_given() -> None:
-    url = "postgresql://me:s3cret@db.example:5432/orders"
-    done = subprocess.run(
-        [sys.executable, "-m", "testbed.postgres", "true"],
-        cwd=ROOT,
-        env={"DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    env = {"DATABASE_URL": "postgresql://me:s3cret@db.example:5432/orders"}
+    command = [sys.executable, "-m", "testbed.postgres", "true"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stderr == "DATABASE_URL is set: using database orders on db.example\n"
