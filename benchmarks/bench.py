@@ -12,9 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -51,16 +51,16 @@ class Contender:
     env: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Result:
-    """The measurements of one round; times in seconds."""
-
-    rate: float  # signups per second
-    p50: float
-    p99: float
-    cpu: float  # per signup, of all processes of the service
-    memory: float  # private bytes per worker
-    cpu_at_once: float = 0  # per signup, while all contenders run
+# The figures of a round, and how they are printed. The CPU is that of a signup, in all processes
+# of a service: alone, and while all contenders run. The memory is private.
+FIGURES = {
+    "signups/s": "{:.0f}".format,
+    "p50 ms": "{:.1f}".format,
+    "p99 ms": "{:.1f}".format,
+    "CPU ms": "{:.2f}".format,
+    "  all at once": "{:.2f}".format,
+    "MB per worker": "{:.0f}".format,
+}
 
 
 OWN = (*GUNICORN, "--bind=127.0.0.1:{port}")
@@ -161,14 +161,16 @@ def measured(
     return run, signups, [seconds / signups for seconds in used]
 
 
-def measure(contender: Contender, postgres: Postgres) -> Result:
+def measure(contender: Contender, postgres: Postgres) -> dict[str, float]:
     url = new_table(postgres)
     with running(contender, url) as (address, pid):
         wrk(address, CLIENTS, 2)
         run, _, (used,) = measured(address, url, [pid], CLIENTS, SECONDS)
         processes = children(pid) or [pid]  # no children: a single process
         workers = sorted((private_memory(p) for p in processes), reverse=True)[:2]
-    return Result(run.rate, run.p50, run.p99, used, sum(workers) / len(workers))
+    memory = sum(workers) / len(workers) / MEGABYTE
+    latencies = {"p50 ms": run.p50 * 1000, "p99 ms": run.p99 * 1000}
+    return {"signups/s": run.rate, **latencies, "CPU ms": used * 1000, "MB per worker": memory}
 
 
 def measure_at_once(postgres: Postgres) -> list[float]:
@@ -216,7 +218,7 @@ def pgbench(postgres: Postgres) -> float:
 
 
 def main() -> None:
-    results: dict[str, list[Result]] = {contender.name: [] for contender in CONTENDERS}
+    results: dict[str, list[dict[str, float]]] = {each.name: [] for each in CONTENDERS}
     ceiling: list[float] = []
     with Postgres() as postgres:
         for number in range(ROUNDS):
@@ -225,7 +227,7 @@ def main() -> None:
                 execute(postgres.url, "CHECKPOINT")
                 results[contender.name].append(measure(contender, postgres))
             for rounds, seconds in zip(results.values(), measure_at_once(postgres), strict=True):
-                rounds[-1] = replace(rounds[-1], cpu_at_once=seconds)
+                rounds[-1]["  all at once"] = seconds * 1000
             ceiling.append(pgbench(postgres))
     report(results, ceiling)
 
@@ -247,28 +249,17 @@ def machine() -> str:
     )
 
 
-def report(results: dict[str, list[Result]], ceiling: list[float]) -> None:
+def report(results: dict[str, list[dict[str, float]]], ceiling: list[float]) -> None:
     """Print medians with minimum and maximum, and the ratio of this service to each."""
-
-    def ratio(name: str, figure: Callable[[Result], float]) -> str:
-        pairs = zip(results[OURS], results[name], strict=True)
-        return f"{median(figure(ours) / figure(theirs) for ours, theirs in pairs):.2f}"
-
-    columns: tuple[tuple[str, Callable[[Result], float], Callable[[float], str]], ...] = (
-        ("signups/s", lambda r: r.rate, "{:.0f}".format),
-        ("p50 ms", lambda r: r.p50 * 1000, "{:.1f}".format),
-        ("p99 ms", lambda r: r.p99 * 1000, "{:.1f}".format),
-        ("CPU ms", lambda r: r.cpu * 1000, "{:.2f}".format),
-        ("  all at once", lambda r: r.cpu_at_once * 1000, "{:.2f}".format),
-        ("MB per worker", lambda r: r.memory / MEGABYTE, "{:.0f}".format),
-    )
     print(machine())
     print(f"{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
     for name, rounds in results.items():
         print(name)
-        for column, figure, form in columns:
-            text = spread([figure(result) for result in rounds], form)
-            print(f"  {column:13} {text:26} x {ratio(name, figure)}")
+        for figure, form in FIGURES.items():
+            text = spread([each[figure] for each in rounds], form)
+            pairs = zip(results[OURS], rounds, strict=True)
+            ratio = median(ours[figure] / theirs[figure] for ours, theirs in pairs)
+            print(f"  {figure:13} {text:26} x {ratio:.2f}")
     print("the same INSERT with pgbench, 25 clients")
     print(f"  {'signups/s':13} {spread(ceiling, '{:.0f}'.format)}")
 

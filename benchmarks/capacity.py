@@ -16,7 +16,7 @@ from testbed.load import scrape_time
 from testbed.service import Service
 
 from .bench import machine, measured, new_table
-from .wrk import Run, spread, wrk
+from .wrk import spread, wrk
 
 ROUNDS = 5
 SECONDS = 4
@@ -31,17 +31,14 @@ FROM generate_series(1, {}) AS n
 
 @dataclass
 class Case:
-    """A database, and the measurements of each round on it; times in seconds."""
+    """A database, and the measurements of each round on it: signups per second, and times."""
 
     name: str
     url: str
     clients: int = CLIENTS
     pin: Callable[[Service], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    runs: list[Run] = field(default_factory=list)
-    inserts: list[float] = field(default_factory=list)
-    scrapes: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # of the service, per signup
-    database_cpu: list[float] = field(default_factory=list)  # of PostgreSQL, per signup
+    rates: list[float] = field(default_factory=list)
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
 
     def measure(self, postgres: Postgres) -> None:
         with Service(DATABASE_URL=self.url, WEB_CONCURRENCY="2") as service:
@@ -51,17 +48,18 @@ class Case:
                 before, pids = service.quiet_metrics(), (service.process.pid, postgres.pids()[0])
                 run, signups, costs = measured(service.url, self.url, pids, self.clients, SECONDS)
                 now = service.quiet_metrics()
-                self.scrapes.append(scrape_time(service, times=30))
+                scrape = scrape_time(service, times=30)
 
         def increase(name: str) -> float:
             return now.total(name) - before.total(name)
 
         assert increase("signup_requests_total") == signups
         query = "database_query_duration_seconds"
-        self.runs.append(run)
-        self.inserts.append(increase(f"{query}_sum") / increase(f"{query}_count"))
-        self.cpu.append(costs[0])
-        self.database_cpu.append(costs[1])
+        insert = increase(f"{query}_sum") / increase(f"{query}_count")
+        self.rates.append(run.rate)
+        names = ("p50", "p99", "INSERT", "scrape", "service CPU", "database CPU")
+        for name, value in zip(names, (run.p50, run.p99, insert, scrape, *costs), strict=True):
+            self.milliseconds.setdefault(f"{name}, ms", []).append(value * 1000)
 
 
 @contextlib.contextmanager
@@ -108,16 +106,9 @@ def main() -> None:
     print(f"{machine()}\nmedian of {ROUNDS} x {SECONDS} s (minimum to maximum)")
     for case in cases:
         print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
-        print("  signups/s        ", spread([run.rate for run in case.runs], "{:.0f}".format))
-        for name, values in (
-            ("p50, ms", [run.p50 for run in case.runs]),
-            ("p99, ms", [run.p99 for run in case.runs]),
-            ("INSERT, ms", case.inserts),
-            ("scrape, ms", case.scrapes),
-            ("service CPU, ms", case.cpu),
-            ("database CPU, ms", case.database_cpu),
-        ):
-            print(f"  {name:17}", spread([value * 1000 for value in values], "{:.2f}".format))
+        print("  signups/s        ", spread(case.rates, "{:.0f}".format))
+        for name, values in case.milliseconds.items():
+            print(f"  {name:17}", spread(values, "{:.2f}".format))
 
 
 if __name__ == "__main__":
