@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Any, Self
 
 import requests
@@ -47,19 +46,6 @@ WAITS = {
 INTERVAL = "250ms"  # of scrapes and evaluations; 15 s in production
 CLIENTS = 40  # more than the pool has connections
 REQUESTS = 16  # per second
-
-
-@dataclass
-class Report:
-    """When an alert reached Alertmanager and when it resolved there, in seconds.
-
-    `fired` counts from the start of the cause, `resolved` from its end.
-    """
-
-    alert: str
-    cause: str
-    fired: float
-    resolved: float
 
 
 def shorten(rules: str) -> str:
@@ -299,15 +285,18 @@ class Deployment:
         file.write_text(right)
         self.prometheus.reload()
 
-    def run(self, cause: str, alerts: list[str]) -> list[Report]:
-        """Apply the cause until these alerts fire, then remove it and wait until they resolve."""
+    def run(self, cause: str, alerts: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Apply the cause until these alerts fire, then remove it and wait until they resolve.
+
+        Returns when each reached Alertmanager, in seconds from the start of the cause, and when it
+        resolved there, in seconds from its end.
+        """
         block, _ = self.causes()[cause]
         self._wait(alerts, False, 0)
         begin = time.monotonic()
         with block():
             fired = self._wait(alerts, True, begin)
-        resolved = self._wait(alerts, False, time.monotonic())
-        return [Report(alert, cause, fired[alert], resolved[alert]) for alert in alerts]
+        return fired, self._wait(alerts, False, time.monotonic())
 
     def _wait(self, alerts: list[str], present: bool, since: float) -> dict[str, float]:
         """Wait until each alert is present, or absent; return how long after `since` it was so."""
@@ -328,12 +317,10 @@ def main() -> None:
     print(f"{'alert':38}{'cause':38}{'fired after':>11}{'resolved after':>16}")
     with Deployment() as deployment:
         for cause, (_, alerts) in deployment.causes().items():
-            for report in deployment.run(cause, alerts):
-                print(
-                    f"{report.alert:38}{report.cause:38}{report.fired:9.1f} s"
-                    f"{report.resolved:14.1f} s",
-                    flush=True,
-                )
+            fired, resolved = deployment.run(cause, alerts)
+            for alert in alerts:
+                times = f"{fired[alert]:9.1f} s{resolved[alert]:14.1f} s"
+                print(f"{alert:38}{cause:38}{times}", flush=True)
 
 
 if __name__ == "__main__":

