@@ -47,10 +47,6 @@ class Watched:
     now: float
     samples: Samples
 
-    @property
-    def an_hour_ago(self) -> float:
-        return self.now - 3600
-
 
 @contextlib.contextmanager
 def watch(postgres: Postgres) -> Iterator[Watched]:

@@ -65,9 +65,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def test_grafanas_types_keep_every_value(name: str) -> None:
     register_default_plugins()
     typed = Dashboard.from_json(DASHBOARDS[name])
-    back = dict(leaves(json.loads(JSONEncoder().encode(typed))))
-    for path, value in leaves(DASHBOARDS[name]):
-        assert back[path] == value, path
+    back = json.loads(JSONEncoder().encode(typed))
+    assert set(leaves(DASHBOARDS[name])) <= set(leaves(back))
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
@@ -186,7 +185,7 @@ TARGETS = [
 def test_queries_have_data(panel: dict[str, Any], target: dict[str, Any], watched: Watched) -> None:
     only_containers = panel["fieldConfig"]["defaults"].get("noValue") == "Needs cAdvisor"
     if "container_" in target["expr"]:
-        assert run(watched, target, watched.an_hour_ago).keys() == {*CONTAINERS}
+        assert run(watched, target, watched.now - 3600).keys() == {*CONTAINERS}
     if not only_containers:
         result = run(watched, target, watched.now)
         assert result
