@@ -44,6 +44,7 @@ def fault_drill(
     Every failure must be counted as a database error, every cause logged at most once per second
     by each worker, and every acknowledged email stored.
     """
+    assert _can_sign_up(service)  # so that a connection is open
     before, counted = service.answers.copy(), _database_errors(service)
     logged = len(service.log())
     with FAULTS[fault](postgres, url):
