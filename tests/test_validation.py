@@ -69,12 +69,14 @@ def test_email_verdicts_equal_those_of_email_validator() -> None:
     def text(alphabet: str, most: int) -> str:
         return "".join(draw.choices(alphabet, k=draw.randint(1, most)))
 
-    verdicts = set()
+    emails = ["Ada <ada@example.com>", '"a b"@example.com', "ü@[127.0.0.1]", "ada@[127.0.0.1]"]
     for _ in range(5000):
         local = text("aZ9_+-.", 5) if draw.random() < 0.8 else text("a.'\"@ \\é", 6)
         local *= draw.choice([1, 1, 1, 20])
         ending = draw.choice(["com", "COM", "c", "test", "local", "xn--p1ai", "xn--x", "рф"])
-        email = f"{local}@{text('aB1-.', 9) * draw.choice([1, 1, 9])}.{ending}".strip()
+        emails.append(f"{local}@{text('aB1-.', 9) * draw.choice([1, 1, 9])}.{ending}".strip())
+    verdicts = set()
+    for email in emails:
         try:
             expected = validate_email(email, check_deliverability=False).normalized
         except EmailNotValidError as error:
