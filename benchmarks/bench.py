@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -242,11 +243,19 @@ def machine() -> str:
         (
             f"{len(os.sched_getaffinity(0))} cores"
             f" of {model[1] if model else platform.machine()}, {platform.platform()}",
-            f"Python {platform.python_version()}, "
-            + ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+            f"Python {platform.python_version()}, {build()}",
+            ", ".join(f"{name} {metadata.version(name)}" for name in packages),
             f"commit {commit or 'unknown'}",
         )
     )
+
+
+def build() -> str:
+    """Describe the interpreter's build, which decides more than most levers do."""
+    configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
+    if sys.base_prefix == "/usr" or "--enable-optimizations" in configured:
+        return f"{platform.python_compiler()}, a distributor's or profile-guided build"
+    return "BUILT WITHOUT OPTIMISATION (--enable-optimizations): take no figures from this"
 
 
 def report(results: dict[str, list[dict[str, float]]], ceiling: list[float]) -> None:
