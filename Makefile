@@ -53,7 +53,7 @@ check-rules: ## Check the configuration of Prometheus and Alertmanager, and test
 
 ##@ Drills
 
-soak: $(READY) ## Replace 200 workers under load, with slots and with a file set per pid
+soak: $(READY) ## Replace 200 workers under load: in the service, in a foreign one, and there without slots.py
 	$(BIN)/python -m drills.soak 200
 
 fault-drill: $(READY) ## Cause every database fault under load, and kill PostgreSQL

@@ -1,6 +1,5 @@
 """The signup service: an application factory, one line per concern."""
 
-import json
 import os
 
 from flask import Flask
@@ -8,20 +7,19 @@ from flask import Flask
 from . import logs, metrics, views
 from .config import Config
 from .database import Database
-from .slots import Slot
 
 
-def create_app(config: Config | None = None) -> Flask:
-    """Build the WSGI application. Raises ConfigError, or RuntimeError without gunicorn.conf.py."""
-    config = config or Config.from_env(workers=1)
-    given = os.environ.get("SIGNUP_SLOT")  # set by gunicorn.conf.py
-    slot = Slot(*json.loads(given)) if given else None
-    if slot is None and os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn/"):
-        raise RuntimeError("gunicorn.conf.py was not read (see --config), or preload_app is set")
-    connections = slot.connections if slot else config.database_max_connections
-    measured = metrics.Metrics(slot, connections)
+def create_app() -> Flask:
+    """Build the WSGI application of a worker that gunicorn.conf.py has prepared."""
+    if not (share := os.environ.get("SIGNUP_CONNECTIONS")):
+        what = "gunicorn.conf.py was not read (see --config), or preload_app is set"
+        error = RuntimeError if "SERVER_SOFTWARE" in os.environ else SystemExit  # gunicorn sets it
+        raise error(f"start the service with `make run` or `gunicorn app:app`: {what}")
+    config, measured = Config.from_env(workers=1), metrics.Metrics(int(share))
     app = Flask(__name__, static_folder=None)
-    logs.init_app(app)
-    metrics.init_app(app, measured)
-    views.init_app(app, Database(config, connections, measured), config.max_body_bytes)
+    app.before_request(measured.start)
+    app.after_request(logs.finish)
+    app.after_request(measured.finish)
+    app.add_url_rule("/metrics", "metrics", measured.expose)
+    views.init_app(app, Database(config, int(share), measured), config.max_body_bytes)
     return app

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import nan
 from typing import Annotated, Any, get_type_hints
 
 import psycopg2
@@ -29,7 +31,6 @@ class Config:
     max_body_bytes: Annotated[int, 1, 2**20] = 16384
     web_concurrency: Annotated[int, 1, 256] = 0  # 0: one worker per core, see gunicorn.conf.py
     log_level: str = "info"
-    prometheus_multiproc_dir: str = ""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ, workers: int = 0) -> "Config":
@@ -38,22 +39,19 @@ class Config:
         mistakes = []
         for name, hint in get_type_hints(cls, include_extras=True).items():
             text = env.get(name.upper(), "").strip()
-            if not text or hint is str:
-                values |= {name: text} if text else {}
-                continue
-            kind, (low, high) = hint.__origin__, hint.__metadata__
-            try:
-                values[name] = kind(text)
-                if not low <= values[name] <= high:
-                    raise ValueError
-            except ValueError:
-                what = f"use {low} to {high} {'(an integer)' if kind is int else 'seconds'}"
-                mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
+            if text and hint is str:
+                values[name] = text
+            elif text:
+                kind, (low, high) = hint.__origin__, hint.__metadata__
+                with suppress(ValueError):
+                    values[name] = kind(text)
+                if not low <= values.get(name, nan) <= high:  # nan is in no range
+                    what = f"use {low} to {high} {'(an integer)' if kind is int else 'seconds'}"
+                    mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
         config = cls(**values)
-        level, budget = config.log_level, config.database_max_connections
-        if level.lower() not in LOG_LEVELS:
+        if (level := config.log_level).lower() not in LOG_LEVELS:
             mistakes.append(f"LOG_LEVEL: {level!r} is not allowed: use {' or '.join(LOG_LEVELS)}")
-        if workers > budget:
+        if 0 < (budget := config.database_max_connections) < workers:
             what = f"each of {workers} workers needs a connection"
             mistakes.append(f"DATABASE_MAX_CONNECTIONS: '{budget}' is not allowed: {what}")
         if config.database_url and (mistake := _mistake_in_url(config.database_url, env)):

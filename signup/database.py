@@ -1,6 +1,5 @@
 """PostgreSQL: the table, the INSERT and the readiness check."""
 
-import logging
 from contextlib import closing, suppress
 from datetime import UTC
 from pathlib import Path
@@ -12,64 +11,58 @@ from psycopg2 import errors
 from psycopg2.pool import PoolError
 
 from .config import Config, ConfigError
-from .connection import connect
-from .metrics import Metrics
-from .pool import Pool
+from .pool import Pool, connect
 from .validation import Signup, fold_email
 
+
+def statements(file: str) -> dict[str, str]:
+    """Read the statements of a file in this folder, by name."""
+    _, *parts = Path(__file__).with_name(file).read_text().split("-- name: ")
+    return dict(part.split("\n", 1) for part in parts)
+
+
+SQL = statements("database.sql")
 SCHEMA = Path(__file__).with_name("schema.sql")
+TABLES = {"users": (SCHEMA, SQL["insert_user"])}
 READY_WAIT, READY_TIMEOUT = 1.0, 1.9  # seconds behind signups, and in all, of a readiness check
 RACE_LOST = errors.DuplicateTable, errors.DuplicateObject, errors.UniqueViolation
 GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 
-INSERT = """
-INSERT INTO users (email, email_folded, first_name, last_name, created_at, updated_at)
-VALUES (%s, %s, %s, %s, now(), now())
-ON CONFLICT (email_folded) DO NOTHING RETURNING CAST(id AS bigint), CAST(created_at AS timestamptz)
-"""
-# Once in a session. (If a role's own default is serializable, a duplicate is an error.)
-SESSION = """
-SELECT set_config('statement_timeout', %s, false),
-    set_config('default_transaction_isolation', 'read committed', false)
-WHERE pg_backend_pid() = %s
-"""
-# Through a pooler, which the process id reveals: in one message with each INSERT, for it alone.
-TRANSACTION = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {};"
 
+class Database(Pool):
+    """A worker's connections, with the statements that the views need."""
 
-class Database:
-    """The views' access to PostgreSQL, over at most `connections`."""
-
-    def __init__(self, config: Config, connections: int, metrics: Metrics) -> None:
-        self._config, self._metrics = config, metrics
-        self._limit = str(round(config.database_statement_timeout * 1000))  # milliseconds
-        self._answered = 0.0  # when the database last answered an INSERT
-        self._reported: dict[str, float] = {}  # when each cause was last logged
-        self._pool = Pool(config, connections, metrics)
+    _answered = 0.0  # when the database last answered an INSERT
 
     def insert_user(self, signup: Signup) -> dict[str, Any] | None:
         """Insert a user. Return its row (RFC 3339 times), None if known. Raises psycopg2.Error."""
-        values = (signup.email, fold_email(signup.email), signup.first_name, signup.last_name)
-        timeout = self._config.database_pool_timeout
-        with self._pool.connection(timeout) as connection, connection.cursor() as cursor:
-            connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
-            if connection.settings is None:
-                cursor.execute(SESSION, (self._limit, connection.info.backend_pid))
-                connection.settings = "" if cursor.fetchone() else TRANSACTION.format(self._limit)
-            # Never retry: an INSERT sent before the connection was lost may be committed.
-            with self._metrics.insert_duration.time():
-                cursor.execute(connection.settings + INSERT, values)
-            row, self._answered = cursor.fetchone(), monotonic()
-        if not row:
+        values = [signup.email, fold_email(signup.email), signup.first_name, signup.last_name]
+        if not (row := self._insert("insert_user", values)):
             return None
         created = f"{row[1].astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # roles may set a time zone
         return {"id": row[0], **signup._asdict(), "created_at": created, "updated_at": created}
+
+    def _insert(self, name: str, values: list[str]) -> tuple[Any, ...] | None:
+        timeout = self._config.database_pool_timeout
+        limit = str(round(self._config.database_statement_timeout * 1000))  # milliseconds
+        with self.connection(timeout) as connection, connection.cursor() as cursor:
+            connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
+            if connection.settings is None:
+                # Set for the session, or, through a pooler (which its process id reveals), in one
+                # message with each INSERT. Where serializable is the default, a duplicate fails.
+                cursor.execute(SQL["session"], (limit, connection.info.backend_pid))
+                connection.settings = "" if cursor.fetchone() else SQL["transaction"].format(limit)
+            # Never retry: an INSERT sent before the connection was lost may be committed.
+            with self._metrics.queries[name].time():
+                cursor.execute(connection.settings + SQL[name], values)
+            row, self._answered = cursor.fetchone(), monotonic()
+            return row
 
     def check(self) -> None:
         """Raise psycopg2.Error unless a primary answers within 2 seconds."""
         started = monotonic()
         try:
-            with self._pool.connection(READY_TIMEOUT - 0.2, READY_WAIT) as connection:
+            with self.connection(READY_TIMEOUT - 0.2, READY_WAIT) as connection:
                 connection.deadline = started + READY_TIMEOUT
                 cursor = connection.cursor()
                 cursor.execute("SHOW transaction_read_only")
@@ -79,32 +72,26 @@ class Database:
             if self._answered < started:
                 raise
 
-    def report(self, error: Exception) -> None:
-        """Log the cause of a database error, each cause at most once a second."""
-        cause, now = describe(error), monotonic()
-        if now >= self._reported.get(cause, 0) + 1:
-            self._reported[cause] = now
-            logging.error("database: %s", cause)
-
 
 def prepare_table(config: Config) -> None:
     """Create the table if there is none; never change one, but check it. Raises ConfigError."""
     try:
         with closing(connect(config, monotonic() + 10)) as connection:
-            cursor = connection.cursor()
-            cursor.execute("SHOW server_encoding")
-            if cursor.fetchone() != ("UTF8",):
-                raise ConfigError("the database can't be used: its encoding is not UTF8")
-            cursor.execute("SELECT to_regclass('users')")
-            if cursor.fetchone() == (None,):
-                with suppress(*RACE_LOST):  # to another instance that starts at the same moment
-                    cursor.execute(SCHEMA.read_text())
-            # Checks columns, index and the table's privileges, and executes nothing.
-            cursor.execute(f"EXPLAIN {INSERT}", [""] * 4)
+            cursor: Any = connection.cursor()
+            for table, (schema, insert) in TABLES.items():
+                cursor.execute(SQL["encoding and table"], [table])
+                encoding, found = cursor.fetchone()
+                if encoding != "UTF8":
+                    raise ConfigError("the database can't be used: its encoding is not UTF8")
+                if not found:
+                    with suppress(*RACE_LOST):  # to another instance that starts just now
+                        cursor.execute(schema.read_text())
+                # Checks columns, index and the table's privileges, and executes nothing.
+                cursor.execute(f"EXPLAIN {insert}", [""] * insert.count("%s"))
     except psycopg2.Error as error:
         what = describe(error)
         if isinstance(error, errors.InvalidColumnReference):
-            what = "the table users has no unique index on email_folded alone"
+            what = f"the table {table} has no unique index on email_folded alone"
         if isinstance(error, psycopg2.ProgrammingError | psycopg2.DataError):
             what += ": see An existing table in docs/production.md"
         raise ConfigError(f"the database can't be used: {what}") from error

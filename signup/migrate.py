@@ -2,27 +2,24 @@
 
 import sys
 import time
-from contextlib import closing
-from pathlib import Path
+from contextlib import closing, suppress
 from typing import Any
 
 import psycopg2
 from psycopg2.errors import LockNotAvailable, UniqueViolation
 
 from .config import Config
-from .connection import connect
-from .database import describe, prepare_table
+from .database import describe, prepare_table, statements
+from .pool import connect
 from .validation import fold_email
 
-_, *parts = Path(__file__).with_name("migrate.sql").read_text().split("-- name: ")
-SQL = dict(part.split("\n", 1) for part in parts)
+SQL = statements("migrate.sql")
 BATCH, TRIES = 10_000, 60  # rows, and attempts to get a lock
 
 
 def migrate(cursor: Any, finish: bool) -> None:
     """Prepare the table; `finish` also removes what older instances need. Raises SystemExit."""
     cursor.execute(SQL["start"])
-    cursor.execute(SQL["table"])
     supported, complete, indexed = cursor.fetchone()
     if not supported:
         sys.exit("no table users of an older version: see An existing table in docs/production.md")
@@ -35,7 +32,6 @@ def migrate(cursor: Any, finish: bool) -> None:
         _refuse(cursor, SQL["twice"].format("email_folded"))
         _change(cursor, SQL["drop incomplete index"])
         print("building the unique index", flush=True)
-        cursor.execute("SET lock_timeout = 0")  # no signup waits behind it
         cursor.execute("CREATE UNIQUE INDEX CONCURRENTLY ON users (email_folded)")
     if finish:
         for step in ("drop trigger", "validate", "set not null", "drop older indexes"):
@@ -46,12 +42,11 @@ def _change(cursor: Any, statements: str) -> None:
     # While a change waits for its lock, signups wait behind it. So it gives up soon.
     cursor.execute("SET lock_timeout = '200ms'")
     for _ in range(TRIES):
-        try:
+        with suppress(LockNotAvailable):
             cursor.execute(statements)
             return
-        except LockNotAvailable:
-            print("another transaction uses the table: waiting", flush=True)
-            time.sleep(1)
+        print("another transaction uses the table: waiting", flush=True)
+        time.sleep(1)
     sys.exit("another transaction (a backup, autovacuum?) uses the table: run this again after it")
 
 

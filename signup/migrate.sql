@@ -5,9 +5,7 @@ SET statement_timeout = 0;
 SET application_name = 'signup.migrate';
 -- The session of a run that was killed would go on.
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
-    AND application_name = 'signup.migrate' AND datname = current_database() AND usename = user
-
--- name: table
+    AND application_name = 'signup.migrate' AND datname = current_database() AND usename = user;
 -- Whether it can be migrated, email_folded is NOT NULL, and its unique index is complete.
 WITH indexes AS (
     SELECT replace(pg_get_indexdef(indexrelid, 1, true), '::text', '') AS key, indisvalid
@@ -70,7 +68,8 @@ DO $$ DECLARE name text; BEGIN
             AND pg_get_indexdef(indexrelid, 1, true) = 'email_folded'
     LOOP EXECUTE 'DROP INDEX ' || name;
     END LOOP;
-END $$
+END $$;
+SET lock_timeout = 0 -- for the new index: no signup waits behind it
 
 -- name: drop trigger
 DROP TRIGGER IF EXISTS signup_fold_email ON users;

@@ -1,16 +1,17 @@
 """The HTTP contract: the endpoints, and the response to each failure."""
 
 import json
-from pathlib import Path
+import logging
+from functools import partial
 from typing import Any
 
 import psycopg2
-from flask import Flask, Response, g, request
+from flask import Flask, Response, g, request, send_from_directory
 from gunicorn.http.errors import ParseException
 from psycopg2.pool import PoolError
 from werkzeug import exceptions
 
-from .database import Database
+from .database import Database, describe
 from .validation import InvalidField, parse_signup
 
 # The status, the metrics' error_type, and the message to the client.
@@ -25,21 +26,12 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     PoolError: (503, "database", "service is busy, retry later"),
     Exception: (500, "internal", "internal server error"),
 }
-OPENAPI = json.loads(Path(__file__).with_name("openapi.json").read_text())
 
 
 def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
     """Register the endpoints and the error handlers."""
-    app.url_map.merge_slashes = False
 
-    @app.before_request
-    def reject_rewritten_paths() -> None:
-        # werkzeug adds a missing leading slash, and merges repeated ones.
-        if request.environ["PATH_INFO"] != request.path:
-            raise exceptions.NotFound
-
-    # Flask would answer OPTIONS; the contract requires 405.
-    @app.post("/signup", provide_automatic_options=False)
+    @app.post("/signup", provide_automatic_options=False)  # it must respond to OPTIONS with a 405
     def signup() -> Response:
         user = database.insert_user(parse_signup(_body(request.environ, max_body_bytes)))
         if not user:
@@ -51,13 +43,14 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         try:
             database.check()
         except psycopg2.Error as error:
-            database.report(error)
+            logging.error("database: %s", describe(error))
             return _json({"status": "database unavailable"}, 503)
         return _json({"status": "ok"})
 
     app.add_url_rule("/", "index", lambda: _json({"message": "welcome"}))
     app.add_url_rule("/healthz", "healthz", lambda: _json({"status": "ok"}))
-    app.add_url_rule("/openapi.json", "openapi", lambda: _json(OPENAPI))
+    openapi = partial(send_from_directory, app.root_path, "openapi.json", conditional=False)
+    app.add_url_rule("/openapi.json", "openapi", openapi)
 
     @app.errorhandler(Exception)
     def failed(error: Exception) -> Response:
@@ -72,7 +65,7 @@ def init_app(app: Flask, database: Database, max_body_bytes: int) -> None:
         elif isinstance(error, PoolError):
             response.headers["Retry-After"] = "1"
         if g.error_type == "database":
-            database.report(error)
+            logging.error("database: %s", describe(error))
         elif g.error_type == "internal":
             g.unexpected = error  # logged with its traceback in logs.py
         return response

@@ -13,7 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from signup.config import Config
-from signup.connection import connect
+from signup.pool import connect
 
 from . import wait_until
 from .postgres import EmbeddedPostgres
@@ -58,10 +58,10 @@ class Postgres:
         """Return the superuser's URL of the database in `url`."""
         return re.sub("//[^@]*@", "//postgres@", url)
 
-    def dump(self, url: str) -> list[str]:
-        """Return pg_dump's lines for the database in `url`: all that it contains."""
+    def dump(self, url: str, *options: str) -> list[str]:
+        """Return pg_dump's lines for the database in `url`: by default, all that it contains."""
         file = self.server.home / "socket" / "dump.sql"  # a folder of the server's user
-        self.server.run("pg_dump", "--file", file, "--dbname", self.admin_url(url))
+        self.server.run("pg_dump", *options, "--file", file, "--dbname", self.admin_url(url))
         return [line for line in file.read_text().splitlines() if "restrict " not in line]
 
     def connections(self, url: str) -> set[int]:

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
-import psycopg2
 from psycopg2.extensions import parse_dsn
+
+from signup.config import Config
 
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that stop the service
@@ -205,12 +206,10 @@ def main(*command: str) -> int:
     """Run `command` with an embedded PostgreSQL and return its exit status."""
     # gunicorn fails on an empty WEB_CONCURRENCY, before it reads the configuration file.
     env = {name: value for name, value in os.environ.items() if value or name != "WEB_CONCURRENCY"}
-    if url := env.get("DATABASE_URL", "").strip():
-        with contextlib.suppress(psycopg2.ProgrammingError):  # the service says what is wrong
-            dsn = parse_dsn(url)
-            place = f"{dsn.get('dbname', '?')} on {dsn.get('host', 'the default server')}"
-            if "@" not in place:  # else a badly encoded password, which the service refuses
-                print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
+    if url := Config.from_env(env).database_url:  # as would a wrong one
+        dsn = parse_dsn(url)
+        place = f"{dsn.get('dbname', '?')} on {dsn.get('host', 'the default server')}"
+        print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
         return _run(command, env)
     received: list[int] = []
     for number in SIGNALS:

@@ -64,6 +64,7 @@ class Client:
     """An HTTP client of the service at `url`; `answers` counts the statuses of /signup."""
 
     url: str
+    text_format = "text/plain; version=0.0.4"
 
     def __init__(self) -> None:
         self.answers: Counter[int] = Counter()
@@ -95,7 +96,7 @@ class Client:
         response = self.get("/metrics", headers={"Accept": OPENMETRICS} if openmetrics else {})
         response.raise_for_status()
         assert response.headers["Content-Type"].startswith(
-            "application/openmetrics-text" if openmetrics else "text/plain; version=0.0.4"
+            "application/openmetrics-text" if openmetrics else self.text_format
         )
         families = (parse_openmetrics if openmetrics else parse_text)(response.text)
         return Samples(
@@ -163,12 +164,15 @@ class Service(Client):
     Without a DATABASE_URL, it starts as `make run` does.
     """
 
+    ready = r"signup service on (http\S+),"  # in the log
+    workers, requests = "signup_workers", "signup_requests_total"  # metrics
+
     def __init__(self, *options: str, project: Path = ROOT, port: int = 0, **env: str) -> None:
         super().__init__()
         self._command = [*GUNICORN, f"--bind=127.0.0.1:{port}", *options, "app:app"]
         if "DATABASE_URL" not in env:
             self._command = [sys.executable, "-m", "testbed.postgres", *self._command]
-        self._project = project
+        self.project = project
         self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
         self._outputs = contextlib.ExitStack()  # one per start: a killed service may start again
 
@@ -178,7 +182,7 @@ class Service(Client):
         )
         self.process = subprocess.Popen(
             self._command,
-            cwd=self._project,
+            cwd=self.project,
             env=self._env,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -233,7 +237,7 @@ class Service(Client):
 
     def _address(self) -> str | None:
         assert self.process.poll() is None, self.log()
-        found = re.search(r"signup service on (http\S+),", self.log())
+        found = re.search(self.ready, self.log())
         return found[1] if found else None
 
     def log(self) -> str:

@@ -1,12 +1,14 @@
 """Invalid settings stop the start with one line each; valid settings are used as given."""
 
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from signup import create_app
 from signup.config import Config, ConfigError
+from testbed import ROOT
 from testbed.database import Postgres, broken_table
 from testbed.service import USER, Service, refused_start
 
@@ -85,7 +87,7 @@ def test_url_without_percent_encoding_is_not_shown(unescaped: str, place: str) -
 
 def test_given_values_replace_defaults() -> None:
     config = Config.from_env({"PORT": ""})  # an empty variable counts as unset
-    assert (config.port, config.database_url, config.prometheus_multiproc_dir) == (3000, "", "")
+    assert (config.port, config.database_url) == (3000, "")
     assert (config.database_max_connections, config.max_body_bytes) == (25, 16384)
     assert config.web_concurrency == 0  # one worker per core
     given = Config.from_env(
@@ -102,10 +104,14 @@ def test_given_values_replace_defaults() -> None:
     assert given.log_level.lower() == "warning"
 
 
-def test_create_app_without_database_url_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DATABASE_URL", raising=False)
-    with pytest.raises(ConfigError, match="DATABASE_URL is not set"):
-        create_app()
+@pytest.mark.parametrize("command", ["python app.py", "flask run", "flask --app signup run"])
+def test_start_without_gunicorn_says_what_to_run(command: str) -> None:
+    program, *arguments = command.split()
+    full = [str(Path(sys.executable).with_name(program)), *arguments]
+    done = subprocess.run(full, cwd=ROOT, env={}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "start the service with `make run` or `gunicorn app:app`" in line
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:

@@ -13,11 +13,11 @@ import pytest
 
 from drills.failover import CLIENTS, SCENARIOS, WORKERS, Report, address, silent
 from signup.config import Config
-from signup.connection import Connection, connect
 from signup.metrics import Metrics
-from signup.pool import Pool
+from signup.pool import Connection, Pool, connect
+from testbed import wait_until
 from testbed.cluster import Cluster
-from testbed.database import Postgres
+from testbed.database import Postgres, execute
 from testbed.relay import Relay
 
 
@@ -122,7 +122,7 @@ def test_mismatched_hosts_and_ports_are_refused() -> None:
 def test_read_only_error_closes_every_connection_opened_before_it(
     postgres: Postgres, url: str
 ) -> None:
-    pool = Pool(Config.from_env({"DATABASE_URL": url}), 4, Metrics(None, 1))
+    pool = Pool(Config.from_env({"DATABASE_URL": url}), 4, Metrics(1))
     with pool.connection(5) as busy:
         with pool.connection(5), pool.connection(5):
             pass
@@ -133,8 +133,22 @@ def test_read_only_error_closes_every_connection_opened_before_it(
         ):
             cursor.execute("SET default_transaction_read_only = on")
             cursor.execute("CREATE TABLE refused ()")
-        assert postgres.connections(url) == {busy.info.backend_pid}
+        wait_until(lambda: postgres.connections(url) == {busy.info.backend_pid})
         with pool.connection(5) as new:
             pass
-    assert postgres.connections(url) == {new.info.backend_pid}
+    wait_until(lambda: postgres.connections(url) == {new.info.backend_pid})
+    pool.closeall()
+
+
+def test_stale_connections_make_room_for_new_ones(postgres: Postgres, url: str) -> None:
+    config = Config.from_env({"DATABASE_URL": url, "METRICS_SAMPLE_INTERVAL": "60"})
+    pool = Pool(config, 2, Metrics(1))
+    with pool.connection(5), pool.connection(5):
+        pass
+    execute(postgres.url, f"ALTER ROLE {urlsplit(url).username} CONNECTION LIMIT 2")
+    execute(postgres.url, f"SELECT pg_terminate_backend({min(postgres.connections(url))}, 5000)")
+    for _ in range(2):
+        with pool.connection(5) as first, pool.connection(5) as second:
+            wait_until(lambda: len(postgres.connections(url)) == 2)
+            assert not first.closed and not second.closed
     pool.closeall()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -22,10 +23,16 @@ import requests
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, broken_table, count_users
 from testbed.load import Scraper, Signups
-from testbed.programs import is_alive
-from testbed.service import USER, Service, project_copy, refused_start
+from testbed.programs import free_port, is_alive
+from testbed.service import GUNICORN, USER, Service, project_copy, refused_start
 
 CONFIG = ROOT / "gunicorn.conf.py"
+# The start of TLS 1.1: a record with a client hello of one cipher.
+OLD_HELLO = bytes.fromhex("160301002d010000290302" + "00" * 32 + "000002002f0100")
+PROCESS_METRICS = {
+    f"process_{name}"
+    for name in ("cpu_seconds_total", "resident_memory_bytes", "open_fds", "start_time_seconds")
+}
 ACCESS_FIELDS = {"time", "request_id", "method", "path", "status", "duration"}
 
 
@@ -239,11 +246,11 @@ def python_for(user: str) -> str:
     pytest.skip(f"needs a Python {version} that {user} can run")
 
 
-def as_nobody(project: Path, **env: str) -> Wrapped:
+def as_nobody(project: Path, prefix: str = "", **env: str) -> Wrapped:
     """Return the service in `project`, a project_copy, with workers that run as nobody."""
     for folder in (project.parent, project):
         folder.chmod(0o755)
-    line = f'shift; exec {python_for("nobody")} "$@"'
+    line = f'shift; exec {prefix} {python_for("nobody")} "$@"'
     env["PYTHONPATH"] = str(Path(requests.__file__).parent.parent)
     return Wrapped(line, "--user=nobody", project=project, **env)
 
@@ -256,6 +263,26 @@ def test_workers_of_another_user_count_exactly(url: str, project: Path) -> None:
         pids = service.worker_pids()
         assert {Path(f"/proc/{pid}").stat().st_uid for pid in pids} == {nobody.pw_uid}
         check_counts_across_a_kill(service, url)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount /proc, and change users")
+@pytest.mark.parametrize(
+    ("option", "hidden"),
+    [("subset=pid", {"process_start_time_seconds"}), ("hidepid=2", PROCESS_METRICS)],
+)
+def test_process_metrics_that_proc_hides_are_left_out(
+    url: str, project: Path, option: str, hidden: set[str]
+) -> None:
+    mounted = f"unshare --mount sh -c 'mount -t proc -o {option} proc /proc && exec \"$@\"' sh"
+    if subprocess.run(f"{mounted} true", shell=True).returncode:
+        pytest.skip("this root may not mount /proc, as in a container")
+    group = "--group=nogroup"  # root's sees all of /proc
+    env = {"DATABASE_URL": url, "WEB_CONCURRENCY": "2", "GUNICORN_CMD_ARGS": group}
+    with as_nobody(project, mounted, **env) as service:
+        service.wait_for(signup_workers=2)
+        assert service.signup(json=USER).status_code == 201
+        service.check_equalities(rows=1)
+        assert PROCESS_METRICS - {name for name, _ in service.metrics()} == hidden
 
 
 def test_signups_over_a_unix_socket_are_counted(url: str) -> None:
@@ -394,8 +421,97 @@ def test_make_run_treats_an_empty_web_concurrency_as_unset(url: str) -> None:
         assert service.stop() == 0
 
 
+def test_make_run_refuses_a_web_concurrency_that_is_no_number() -> None:
+    command = [sys.executable, "-m", "testbed.postgres", *GUNICORN, "app:app"]
+    env = {"WEB_CONCURRENCY": "two"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    what = "use 1 to 256 (an integer)"
+    assert done.stderr == f"WEB_CONCURRENCY: 'two' is not allowed: {what}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--statsd-host=127.0.0.1:8125", "statsd_host"),
+        ("--control-socket=ctl", "control_socket"),
+        ("--control-socket-mode=0o660", "control_socket_mode"),
+        ("--dirty-app=x:y", "dirty_apps"),
+        ("--log-syslog-prefix=x", "syslog_prefix"),
+    ],
+)
+def test_setting_without_effect_is_refused(
+    url: str, tmp_path: Path, option: str, name: str
+) -> None:
+    pid = tmp_path / "pid"
+    done = refused_start(option, f"--pid={pid}", DATABASE_URL=url)
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert line == f"gunicorn's setting {name} is not supported"
+    assert not pid.exists()
+
+
+def test_env_option_cant_move_the_metrics(url: str, tmp_path: Path) -> None:
+    done = refused_start(f"--env=PROMETHEUS_MULTIPROC_DIR={tmp_path}", DATABASE_URL=url)
+    reason = "Reason: PROMETHEUS_MULTIPROC_DIR: set it in the environment, not with --env"
+    assert f'"message": "{reason}"' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_start_leaves_no_pid_file(url: str, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        refused_start(f"--bind={service.url[7:]}", f"--pid={pid}", DATABASE_URL=url)
+    assert not pid.exists()
+
+
+def test_daemon_logs_why_it_did_not_start(tmp_path: Path) -> None:
+    pid, errors = tmp_path / "pid", tmp_path / "errors"
+    options = ("--daemon", f"--pid={pid}", f"--error-logfile={errors}", "--bind=127.0.0.1:0")
+    env = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/signup"}
+    subprocess.run([*GUNICORN, *options, "app:app"], cwd=ROOT, env=env, check=True, timeout=60)
+    wait_until(lambda: errors.exists() and errors.read_text().count("\n") == 2)
+    assert "the database can't be used" in json_lines(errors.read_text())[1]["message"]
+    wait_until(lambda: not pid.exists())
+
+
+@pytest.mark.parametrize("what", ["full disk", "closed pipe", "--reuse-port"])
+def test_start_that_logs_to_nowhere_or_has_no_listener_serves(url: str, what: str) -> None:
+    reader, error = os.pipe()
+    os.close(reader)
+    if what != "closed pipe":
+        os.close(error)
+        error = os.open("/dev/full" if what == "full disk" else "/dev/null", os.O_WRONLY)
+    port = free_port()
+    options = [f"--bind=127.0.0.1:{port}", *([what] if what[0] == "-" else [])]
+
+    def signs_up() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(requests.ConnectionError):
+            address = f"http://127.0.0.1:{port}/signup"
+            return requests.post(address, json=USER, timeout=30).status_code in (201, 409)
+        return False
+
+    command, env = [*GUNICORN, *options, "app:app"], {"DATABASE_URL": url}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=error) as process:
+        os.close(error)
+        try:
+            wait_until(signs_up)
+        finally:
+            process.terminate()
+
+
+def test_upgrade_header_is_ignored(url: str) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
+        assert service.signup(json=USER, headers=headers).status_code == 201
+        assert service.get("/healthz", headers=headers).status_code == 200
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the program openssl")
-def test_signup_works_over_tls(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread", "sync"])
+def test_signups_over_tls_and_junk_beside_them(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_class: str
+) -> None:
     cert, key = tmp_path / "cert", tmp_path / "key"
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=signup"
@@ -403,8 +519,23 @@ def test_signup_works_over_tls(url: str, tmp_path: Path, monkeypatch: pytest.Mon
     )
     subprocess.run(command.split(), check=True, capture_output=True)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(cert))
-    options = (f"--certfile={cert}", f"--keyfile={key}")
-    with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
+    options = (f"-k={worker_class}", f"--certfile={cert}", f"--keyfile={key}")
+    with Service(*options, DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
         assert service.url.startswith("https://")
         assert service.signup(json=USER).status_code == 201
+        started = time.monotonic()
+        for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01", OLD_HELLO) * 10:
+            # As a load balancer's check, or a lost client. The service may hang up at any moment.
+            with service.connect() as client, contextlib.suppress(OSError):
+                client.sendall(junk)
+                if junk:
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(4096):
+                        pass
+        assert service.signup(json=USER).status_code == 409
         service.check_equalities(rows=1)
+        seconds = time.monotonic() - started
+        assert service.stop() == 0
+        lines = [line for line in service.log().splitlines() if "signup service on" not in line]
+        messages = [json.loads(line)["message"] for line in lines]
+        assert messages.count("Invalid request") <= 1 + seconds

@@ -379,8 +379,12 @@ def test_concurrent_bad_requests_get_the_documented_responses(service: Service) 
 def test_request_that_gunicorn_refuses_is_logged(service: Service) -> None:
     logged = service.log().count('"Invalid request"')
     key = next(key for key in CASES if key.startswith("not HTTP"))
-    assert talk(service, key) == [REFUSED]
-    wait_until(lambda: service.log().count('"Invalid request"') == logged + 1)
+
+    def is_logged() -> bool:  # at most once a second
+        assert talk(service, key) == [REFUSED]
+        return service.log().count('"Invalid request"') > logged
+
+    wait_until(is_logged)
 
 
 @pytest.mark.parametrize("key", FINE)

@@ -9,7 +9,7 @@ import requests
 
 from testbed import wait_until
 from testbed.database import Postgres, broken_table, execute
-from testbed.service import Service, project_copy
+from testbed.service import USER, Service, project_copy
 
 PERSON = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
 PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent/7")
@@ -50,21 +50,22 @@ def test_each_500_logs_the_request_and_its_cause(service: Service, database_url:
     assert causes[0]["message"].startswith('database: UndefinedColumn: column "last_name" of ')
 
 
-def test_unexpected_exception_is_logged_with_its_traceback(database_url: str) -> None:
+def test_unexpected_exception_is_counted_and_logged_with_its_traceback(database_url: str) -> None:
     with project_copy() as project:
         views = project / "signup" / "views.py"
         code = views.read_text()
-        assert '{"message": "welcome"}' in code
-        views.write_text(code.replace('{"message": "welcome"}', '{"message": 1 / 0}'))
+        assert "user = database" in code
+        views.write_text(code.replace("user = database", "user = 1 / 0 or database"))
         with Service(project=project, DATABASE_URL=database_url) as service:
-            response = service.get("/?name=Zebedee", headers={"Connection": "close"})
+            response = service.signup(json=USER | {"first_name": "Zebedee"})
             assert response.status_code == 500
             assert response.json() == {"error": "internal server error"}
             made = response.headers["X-Request-ID"]
             (failed,) = (e for e in events(service) if e.get("request_id") == made)
             assert "ZeroDivisionError: division by zero" in failed["traceback"]
-            assert (failed["message"], failed["path"]) == ("request failed", "/")
+            assert (failed["message"], failed["path"]) == ("request failed", "/signup")
             assert "Zebedee" not in service.log()
+            service.check_equalities(rows=0)
 
 
 def test_every_line_after_the_start_line_is_json(database_url: str) -> None:

@@ -21,10 +21,10 @@ def partitioned_table() -> str:
 def test_email_is_unique_across_partitions(postgres: Postgres) -> None:
     url = postgres.new_database()
     execute(url, partitioned_table())
-    before = postgres.dump(url)
+    before = postgres.dump(url, "--table=users*")
     emails = [f"User{n}@Example.com" for n in range(EMAILS)]
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        assert postgres.dump(url) == before  # the start does not alter the table
+        assert postgres.dump(url, "--table=users*") == before  # the start does not alter the table
         race(service, emails, clients=20)
         service.check_equalities(count_users(url))
     used = execute(url, "SELECT count(DISTINCT tableoid), count(DISTINCT id) FROM users")

@@ -23,14 +23,15 @@ CONNECTIONS = 4
 @pytest.fixture
 def pool(url: str) -> Iterator[Pool]:
     """A pool of one connection."""
-    pool = Pool(Config.from_env({"DATABASE_URL": url}), 1, Metrics(None, 1))
+    pool = Pool(Config.from_env({"DATABASE_URL": url}), 1, Metrics(1))
     yield pool
     pool.closeall()
 
 
 def waiting(pool: Pool) -> float:
     """Return how many signups wait for the connection of `pool`."""
-    return pool._metrics.registry.get_sample_value("database_pool_waiting") or 0
+    (metric,) = pool._metrics.pool_waiting.collect()
+    return metric.samples[0].value
 
 
 def test_waiting_requests_are_served_in_order(pool: Pool) -> None:
