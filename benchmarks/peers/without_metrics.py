@@ -33,6 +33,9 @@ class NullMetrics(NullMetric):
     def finish(self, response: Response) -> Response:
         return response
 
+    def expose(self) -> Response:
+        return Response()
+
 
 setattr(metrics, "Metrics", lambda _: NullMetrics())  # noqa: B010 (mypy)
 app = create_app()
