@@ -48,8 +48,8 @@ class Database(Pool):
         with self.connection(timeout) as connection, connection.cursor() as cursor:
             connection.deadline = monotonic() + self._config.database_statement_timeout + GRACE
             if connection.settings is None:
-                # Set for the session, or, through a pooler (which its process id reveals), in one
-                # message with each INSERT. Where serializable is the default, a duplicate fails.
+                # Once a session. Through a pooler, whose server has another process id, with each
+                # INSERT, in one message. (Where serializable is the default, a duplicate fails.)
                 cursor.execute(SQL["session"], (limit, connection.info.backend_pid))
                 connection.settings = "" if cursor.fetchone() else SQL["transaction"].format(limit)
             # Never retry: an INSERT sent before the connection was lost may be committed.

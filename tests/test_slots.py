@@ -1,5 +1,6 @@
 """slots.py as a stranger uses it: testbed/foreign has nothing else of this project."""
 
+import fcntl
 import os
 import pwd
 import signal
@@ -99,6 +100,10 @@ def test_start_removes_what_killed_masters_left_and_nothing_else(tmp_path: Path)
             assert left.exists()
             with Foreign(**given):
                 assert not left.exists()
+        inside = os.open(live.metrics_folder(), os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # so systemd-tmpfiles spares it
+            fcntl.flock(inside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(inside)
         check = [*GUNICORN, "--check-config", "app:app"]
         subprocess.run(check, cwd=live.project, env=given, check=True, timeout=30)
         assert {*tmp_path.iterdir()} - others == {live.metrics_folder()}
