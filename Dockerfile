@@ -10,7 +10,9 @@ COPY signup signup
 RUN chmod -R u=rwX,go=rX /app # regardless of the checkout's umask
 
 FROM python:3.14.8-slim-trixie
+ARG VERSION
 LABEL org.opencontainers.image.title="signup" \
+      org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.description="Signups over HTTP, stored in PostgreSQL, measured for Prometheus" \
       org.opencontainers.image.base.name="python:3.14.8-slim-trixie"
 RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/pip*
@@ -22,6 +24,7 @@ USER 10001:10001
 EXPOSE 3000
 # gunicorn's graceful_timeout of 13 s exceeds the 10 s of docker stop: use docker stop -t 20.
 STOPSIGNAL SIGTERM
+# Neither through a proxy that the environment names, nor to port 80 if PORT is empty.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD ["python", "-c", \
-    "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\", 3000)}/healthz', timeout=2)"]
+    "import os, http.client as h; c = h.HTTPConnection('127.0.0.1', int(os.environ.get('PORT') or 3000), timeout=2); c.request('GET', '/healthz'); exit(c.getresponse().status != 200)"]
 CMD ["gunicorn", "app:app"]

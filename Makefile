@@ -7,11 +7,10 @@ PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 QUICK := rooms validation config metrics http openapi rules dashboards compose kubernetes
 HOST := http://localhost:3000
-MOUNTED := deploy grafana nginx prometheus
 REPORT = load-test-$(LOAD).html
 
 .PHONY: help run test test-quick lint check-rules soak fault-drill failover-drill migrate migrate-drill alert-drill load-test-smoke load-test load-test-stress load-tests bench limits capacity previews kubernetes-rules clean \
-	hashed-requirements compose-check compose-up compose-update compose-down compose-build compose-logs
+	hashed-requirements compose-check compose-up compose-update compose-rollback compose-backup compose-restore compose-down compose-build compose-logs
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -125,27 +124,29 @@ hashed-requirements: $(READY) ## Generate deploy/requirements-hashed.txt, for th
 compose-check: $(READY) ## Start, scale and break the compose stack on a Docker engine
 	$(BIN)/python -m drills.compose
 
-compose-up: ## Start the service and its monitoring in containers
-	@hidden=$$(find $(MOUNTED) ! -perm -o=r -o -type d ! -perm -o=x); [ -z "$$hidden" ] || { \
-		echo "the containers can't read" $$hidden": chmod -R go+rX $(MOUNTED)" >&2; exit 1; }
-	docker compose up --detach --wait
+compose-up: ## Start the service and its monitoring, or apply changed files and settings
+	@deploy/compose.sh up
 
-# nginx queries DNS every second; the sleep lets it find the new replicas.
-compose-update: ## Roll out a new image or settings: start new replicas, then stop the old ones
-	@set -e; old=$$(docker compose ps --quiet server); n=$$(echo "$$old" | wc -l); \
-	[ "$$old" ] || { echo "no replica is running: make compose-up" >&2; exit 1; }; set -x; \
-	docker compose up --detach --wait --no-deps --no-recreate --scale server=$$((2 * n)) server; \
-	sleep 3; docker stop $$old; docker rm $$old; \
-	docker compose up --detach --no-deps --no-recreate --scale server=$$n server
+compose-build: ## Build the service's image, with a new version
+	@deploy/compose.sh build
 
-compose-down: ## Stop the containers and keep the data
-	docker compose down
+compose-update: ## Roll out a new image or settings: check new replicas, then stop the old ones
+	@deploy/compose.sh update
 
-compose-build: ## Build the service's image
-	docker compose build
+compose-rollback: ## Go back to the version before; VERSION= names another
+	@deploy/compose.sh rollback
+
+compose-backup: ## Write the database to a dated file in backups/
+	@deploy/compose.sh backup
+
+compose-restore: ## Read the database from FILE=
+	@deploy/compose.sh restore
 
 compose-logs: ## Follow the containers' logs
 	docker compose logs --follow
+
+compose-down: ## Stop the containers and keep the data
+	docker compose down
 
 ##@ Clean-up
 

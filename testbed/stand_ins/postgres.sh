@@ -10,9 +10,7 @@ if [ "$1" = postgres ] && [ "$(id -u)" = 0 ]; then
     exec setpriv --reuid=postgres --regid=postgres --init-groups sh "$0" "$@"
 fi
 if [ "$1" = postgres ] && [ ! -s "$PGDATA/PG_VERSION" ]; then
-    printf '%s\n' "${POSTGRES_PASSWORD:?}" >/tmp/password
-    initdb --username=postgres --pwfile=/tmp/password
-    rm /tmp/password
+    initdb --username=postgres --pwfile="${POSTGRES_PASSWORD_FILE:?}"
     echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
 fi
 exec "$@"
