@@ -5,7 +5,9 @@ import os
 import signal
 import ssl
 import sys
+import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,7 @@ sys.path.insert(0, chdir)
 from signup import database, logs, slots  # noqa: E402
 from signup.config import Config, ConfigError  # noqa: E402
 
-# After HUP or --reload, workers must import the code on disk, not inherit what these lines import:
-# all of the service. No public way undoes that. Only slots stays, which holds the master's state.
+# After HUP, workers must import the code on disk, not inherit this. Slots holds the master's state.
 for name in [n for n in sys.modules if n.split(".")[0] == "signup" and n != "signup.slots"]:
     del sys.modules[name]
 settings = Config.from_env()
@@ -50,7 +51,8 @@ def on_starting(server: Any) -> None:
     """In the master, before the first fork: check the settings, and create the table."""
     if pidfile := server.pidfile:  # gunicorn leaves it behind if a start fails
         atexit.register(lambda: server.pid == os.getpid() and pidfile.unlink())
-    for number in (signal.SIGINT, signal.SIGTERM):  # no traceback, until gunicorn handles them
+    slots.master = server.pid  # with --daemon, not that of the import
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):  # no traceback
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         for name in UNSUPPORTED:
@@ -60,7 +62,10 @@ def on_starting(server: Any) -> None:
         if os.geteuid() == 0 != server.cfg.uid:  # --user: try with the files that workers can read
             os.environ.pop("HOME", None)  # libpq then takes the home of the effective user
             os.seteuid(server.cfg.uid)
-        database.prepare_table(checked)
+        say = cache(server.log.error)  # each cause once
+        while cause := database.prepare_table(checked):  # a supervisor would wait ever longer
+            say(f"the database can't be reached: {cause}; trying again each second")
+            time.sleep(1)
     except ConfigError as error:
         if server.cfg.errorlog != "-":  # with --daemon, standard error is closed
             server.log.error("%s", error)
@@ -89,14 +94,12 @@ def post_fork(server: Any, worker: Any) -> None:
     slots.post_fork(server, worker)
     Counter("signup_worker_starts_total", "Workers started", registry=None).inc()
     budget = Config.from_env(os.environ | server.cfg.env).database_max_connections
-    share, rest = divmod(budget, server.cfg.workers)  # the first slots share it
-    share += slots.numbers[worker] < rest
-    os.environ["SIGNUP_CONNECTIONS"] = str(max(1, share))  # read by create_app
+    share, rest = divmod(budget, server.cfg.workers)  # the first slots share the rest
+    os.environ["SIGNUP_CONNECTIONS"] = str(max(1, share + (slots.numbers[worker] < rest)))
 
 
 def post_worker_init(worker: Any) -> None:
-    """In the loaded worker: cache settings, which gunicorn computes some 30 times per request."""
-    # No public setting does so. It saves 5 to 8 % of the CPU time of a signup.
+    """Cache settings, which gunicorn computes 30 times per request: 5 to 8 % of a signup's CPU."""
     vars(worker.cfg).update({name: each.get() for name, each in worker.cfg.settings.items()})
 
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import nan
 from typing import Annotated, Any, get_type_hints
 
 import psycopg2
@@ -45,7 +44,7 @@ class Config:
                 kind, (low, high) = hint.__origin__, hint.__metadata__
                 with suppress(ValueError):
                     values[name] = kind(text)
-                if not low <= values.get(name, nan) <= high:  # nan is in no range
+                if not low <= values.get(name, 0) <= high:  # 0 is in no range
                     what = f"use {low} to {high} {'(an integer)' if kind is int else 'seconds'}"
                     mistakes.append(f"{name.upper()}: {text!r} is not allowed: {what}")
         config = cls(**values)

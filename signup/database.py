@@ -1,13 +1,13 @@
 """PostgreSQL: the table, the INSERT and the readiness check."""
 
+import re
 from contextlib import closing, suppress
 from datetime import UTC
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import psycopg2
-from psycopg2 import errors
+from psycopg2 import DataError, Error, ProgrammingError, errors
 from psycopg2.pool import PoolError
 
 from .config import Config, ConfigError
@@ -26,6 +26,12 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 TABLES = {"users": (SCHEMA, SQL["insert_user"])}
 READY_WAIT, READY_TIMEOUT = 1.0, 1.9  # seconds behind signups, and in all, of a readiness check
 RACE_LOST = errors.DuplicateTable, errors.DuplicateObject, errors.UniqueViolation
+# Errors that may pass, in English (lc_messages): libpq tells no SQLSTATE of a failed connection.
+PASSING = re.compile(
+    r"\[Errno -|in time$|timed out|is unreachable|No route|Cannot assign|Connection re(fused|set)"
+    "|failed: No such file|closed the connection|EOF det| read-only|hot standby|database system is"
+    "|too many |slots are|no more connections|terminating connection|_wait_timeout|login_retry"
+)
 GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 
 
@@ -73,8 +79,8 @@ class Database(Pool):
                 raise
 
 
-def prepare_table(config: Config) -> None:
-    """Create the table if there is none; never change one, but check it. Raises ConfigError."""
+def prepare_table(config: Config) -> str:
+    """Create or check the table; return why that has to wait, if it has. Raises ConfigError."""
     try:
         with closing(connect(config, monotonic() + 10)) as connection:
             cursor: Any = connection.cursor()
@@ -88,13 +94,16 @@ def prepare_table(config: Config) -> None:
                         cursor.execute(schema.read_text())
                 # Checks columns, index and the table's privileges, and executes nothing.
                 cursor.execute(f"EXPLAIN {insert}", [""] * insert.count("%s"))
-    except psycopg2.Error as error:
+    except Error as error:
         what = describe(error)
+        if all(map(PASSING.search, what.split("; "))):  # each of several hosts
+            return what
         if isinstance(error, errors.InvalidColumnReference):
             what = f"the table {table} has no unique index on email_folded alone"
-        if isinstance(error, psycopg2.ProgrammingError | psycopg2.DataError):
+        if isinstance(error, ProgrammingError | DataError):
             what += ": see An existing table in docs/production.md"
         raise ConfigError(f"the database can't be used: {what}") from error
+    return ""
 
 
 def describe(error: BaseException) -> str:

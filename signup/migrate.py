@@ -5,8 +5,7 @@ import time
 from contextlib import closing, suppress
 from typing import Any
 
-import psycopg2
-from psycopg2.errors import LockNotAvailable, UniqueViolation
+from psycopg2 import Error, errors
 
 from .config import Config
 from .database import describe, prepare_table, statements
@@ -42,7 +41,7 @@ def _change(cursor: Any, statements: str) -> None:
     # While a change waits for its lock, signups wait behind it. So it gives up soon.
     cursor.execute("SET lock_timeout = '200ms'")
     for _ in range(TRIES):
-        with suppress(LockNotAvailable):
+        with suppress(errors.LockNotAvailable):
             cursor.execute(statements)
             return
         print("another transaction uses the table: waiting", flush=True)
@@ -60,7 +59,7 @@ def _fold_rows(cursor: Any, missing: bool) -> None:
         changes = (list(wrong), list(wrong.values()))
         try:
             cursor.execute(SQL["fold"], changes)
-        except UniqueViolation:
+        except errors.UniqueViolation:
             _refuse(cursor, SQL["collisions"], changes)
             continue
         last, read, folded = rows[-1][0], read + len(rows), folded + len(wrong)
@@ -81,9 +80,10 @@ def main() -> None:
         with closing(connect(config, time.monotonic() + 10)) as connection:
             connection.deadline = time.monotonic() + 7 * 86400  # a week
             migrate(connection.cursor(), finish)
-    except (psycopg2.Error, KeyboardInterrupt) as error:
+    except (Error, KeyboardInterrupt) as error:
         sys.exit(f"stopped by {describe(error)}: what is done is kept, so run this again")
-    prepare_table(config)  # the check of the next start
+    if cause := prepare_table(config):  # the check of the next start
+        sys.exit(cause)
     print("done" if finish else "done: once no older instance runs, run this with --finish")
 
 

@@ -51,8 +51,7 @@ def connect(config: Config, deadline: float) -> Connection:
     """Connect in autocommit mode. Raises psycopg2.Error if no address accepts by `deadline`."""
     dsn = DEFAULTS | extensions.parse_dsn(config.database_url) | {"client_encoding": "UTF8"}
     limit = float(dsn.get("connect_timeout", 0)) or inf  # seconds for each address
-    given = {n: dsn.get(n) or os.environ.get(f"PG{n.upper()}", "") for n in PARTS}
-    parts = {name: each.split(",") for name, each in given.items()}
+    parts = {n: (dsn.get(n) or os.environ.get(f"PG{n.upper()}", "")).split(",") for n in PARTS}
     count, causes = max(map(len, parts.values())), []
     targets: list[dict[str, str]] = [{}]  # if their numbers differ, which libpq reports
     if all(len(each) in (1, count) for each in parts.values()):
@@ -200,8 +199,7 @@ class Pool(ThreadedConnectionPool):
         return new
 
     def _sample(self) -> None:
-        pause = Event()
-        while not pause.wait(self._config.metrics_sample_interval):
+        while not Event().wait(self._config.metrics_sample_interval):
             with self._guard:
                 for turn in filter(None, self._turns):  # also stale ones that nobody takes
                     if turn.opened < self._valid_from:

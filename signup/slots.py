@@ -34,7 +34,7 @@ numbers: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # the slot of each
 _lock: TextIO
 _given = os.environ.get(VARIABLE)  # where to create the folder
 _name: int | str = "master"  # of this process's files
-_master = os.getpid()  # after the first fork, the process id of the daemon
+master = os.getpid()  # after the first fork, the process id of the daemon
 
 
 def _make_folder() -> None:
@@ -72,8 +72,8 @@ def _create_files(name: int | str, user: int, group: int) -> None:
 
 def pre_fork(server: Any, worker: Any) -> None:
     """In the master: give the worker a slot. If its files can't be created, the service stops."""
-    global _master
-    _master = server.pid
+    global master
+    master = server.pid
     taken = {numbers.get(other, -1) for other in server.WORKERS.values()}
     numbers[worker] = number = min(set(range(len(taken) + 1)) - taken)
     os.environ.pop(VARIABLE, None)  # the master's environment is as it was: USR2 passes it on
@@ -112,14 +112,9 @@ def child_exit(server: Any, worker: Any) -> None:
     mark_process_dead(numbers.get(worker, -1), str(folder))
 
 
-def _remove_folder() -> None:
-    if _master == os.getpid():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 try:
     _make_folder()
-    atexit.register(_remove_folder)
+    atexit.register(lambda: shutil.rmtree(folder, True) if master == os.getpid() else None)
     _create_files(_name, -1, -1)
 except OSError as error:
     sys.exit(f"{VARIABLE}: {error}")

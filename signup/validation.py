@@ -13,15 +13,13 @@ from werkzeug.exceptions import BadRequest
 MAX_LENGTHS = {"email": 254, "first_name": 100, "last_name": 100}  # characters; RFC 5321, 4.5.3.1.3
 # An email with such a local part is valid if its domain is, and domains can be cached.
 PLAIN_LOCAL_PART = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*")
-# Control characters, lone surrogates, line and paragraph separators, and format characters, which
-# can make one name look like another (U+202E). Persian and Indic names need two: the joiners.
+# Controls, lone surrogates, separators, and formats: U+202E disguises a name. Joiners are spelling.
 FORBIDDEN, JOINERS = {"Cc", "Cs", "Cf", "Zl", "Zp"}, "\u200c\u200d"
 # White space, Default_Ignorable_Code_Point (Unicode 17), and glyphs that are blank by their name.
 INVISIBLE = re.compile(
     "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-    "\u2800\U0001d159\U00016fe4\U00013441\U00013442]*"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff\u2800\U0001d159\U00016fe4\U00013441\U00013442]*"
 )
 
 

@@ -457,21 +457,35 @@ def test_env_option_cant_move_the_metrics(url: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_start_leaves_no_pid_file(url: str, tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    with Service(DATABASE_URL=url, WEB_CONCURRENCY="1") as service:
-        refused_start(f"--bind={service.url[7:]}", f"--pid={pid}", DATABASE_URL=url)
-    assert not pid.exists()
-
-
-def test_daemon_logs_why_it_did_not_start(tmp_path: Path) -> None:
-    pid, errors = tmp_path / "pid", tmp_path / "errors"
+@pytest.mark.parametrize("query", ["", "?sslmode=no"])
+def test_daemon_logs_why_it_waits_or_did_not_start(tmp_path: Path, query: str) -> None:
+    pid, errors, metrics = tmp_path / "pid", tmp_path / "errors", tmp_path / "metrics"
     options = ("--daemon", f"--pid={pid}", f"--error-logfile={errors}", "--bind=127.0.0.1:0")
-    env = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/signup"}
+    # A word of the message may be the password: nothing is replaced in it.
+    env = {"DATABASE_URL": f"postgresql://signup:on@127.0.0.1:1/signup{query}"}
+    env["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
     subprocess.run([*GUNICORN, *options, "app:app"], cwd=ROOT, env=env, check=True, timeout=60)
     wait_until(lambda: errors.exists() and errors.read_text().count("\n") == 2)
-    assert "the database can't be used" in json_lines(errors.read_text())[1]["message"]
-    wait_until(lambda: not pid.exists())
+    message = json_lines(errors.read_text())[1]["message"]
+    if query:
+        assert "the database can't be used: OperationalError: 127.0.0.1 1: invalid" in message
+    else:
+        assert "reached: OperationalError: 127.0.0.1 1: Connection refused; trying" in message
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+    wait_until(lambda: not pid.exists() and not list(metrics.iterdir()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_signal_ends_a_start_that_waits(tmp_path: Path, number: int) -> None:
+    env = {"DATABASE_URL": "postgresql://127.0.0.1:1/", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    command = [*GUNICORN, "--bind=127.0.0.1:0", f"--pid={tmp_path / 'pid'}", "app:app"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        next(line for line in process.stderr if b"trying again each second" in line)
+        process.send_signal(number)
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + number
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["full disk", "closed pipe", "--reuse-port"])

@@ -19,6 +19,7 @@ OBJECTS: dict[str, dict[str, Any]] = {
     manifest["kind"]: manifest
     for manifest in (yaml.safe_load((FOLDER / n).read_text()) for n in KUSTOMIZATION["resources"])
 }
+GATEWAY = FOLDER / "gateway/nginx.yaml"  # needs other definitions, so it is applied by itself
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "Probe"}  # defined by the Prometheus Operator
 POD = OBJECTS["Deployment"]["spec"]["template"]
 (CONTAINER,) = POD["spec"]["containers"]
@@ -27,8 +28,9 @@ SCRAPES = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
 
 
 def test_every_file_is_a_resource() -> None:
-    files = {path.name for path in FOLDER.iterdir()} - {"kustomization.yaml"}
+    files = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
     assert files == set(KUSTOMIZATION["resources"])
+    assert {path for path in FOLDER.iterdir() if path.suffix != ".yaml"} == {GATEWAY.parent}
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])  # 1.30: the oldest with preStop.sleep
@@ -47,6 +49,7 @@ def test_selectors_match_the_pods() -> None:
     assert OBJECTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
     (spread,) = POD["spec"]["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"] == labels
+    assert spread["matchLabelKeys"] == ["pod-template-hash"]
     wanted = OBJECTS["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
     assert OBJECTS["Service"]["metadata"]["labels"] == wanted
     target = OBJECTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
@@ -56,6 +59,8 @@ def test_selectors_match_the_pods() -> None:
         "name": OBJECTS["Deployment"]["metadata"]["name"],
     }
     assert "replicas" not in OBJECTS["Deployment"]["spec"]
+    assert OBJECTS["Deployment"]["spec"]["strategy"]["type"] == "RollingUpdate"
+    assert OBJECTS["PodDisruptionBudget"]["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
 
 
 def test_ports_and_paths_match_the_service() -> None:
@@ -119,6 +124,27 @@ def test_timeouts_are_consistent() -> None:
     assert CONTAINER["readinessProbe"]["timeoutSeconds"] > READY_TIMEOUT
     stop = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"] + graceful_timeout()
     assert POD["spec"]["terminationGracePeriodSeconds"] > stop
+    probe = CONTAINER["startupProbe"]  # after a run of 10 minutes, the back-off starts anew
+    assert probe["periodSeconds"] * probe["failureThreshold"] > 600
+
+
+def test_gateway_has_the_routes_and_limits_of_the_proxy() -> None:
+    gateway, *others = yaml.safe_load_all(GATEWAY.read_text())
+    rules = [each["spec"]["rules"][0] for each in others if each["kind"] == "HTTPRoute"]
+    routes = [rule for rule in rules if "filters" not in rule]  # not the redirect to HTTPS
+    paths = [match["path"] for route in routes for match in route["matches"]]
+    assert paths == [{"type": "Exact", "value": path} for path in ("/signup", "/", "/healthz")]
+    (service,) = OBJECTS["Service"]["spec"]["ports"]
+    backend = {"name": OBJECTS["Service"]["metadata"]["name"], "port": service["port"]}
+    assert [route["backendRefs"] for route in routes] == [[backend]] * 2
+    limits = {each["kind"]: each["spec"] for each in others}
+    (limit,) = limits["RateLimitPolicy"]["rateLimit"]["local"]["rules"]
+    assert (limit["rate"], limit["burst"], limit["noDelay"]) == ("10r/s", 20, True)
+    assert limits["ClientSettingsPolicy"]["body"]["maxSize"] == "16k"
+    assert limits["UpstreamSettingsPolicy"]["keepAlive"]["timeout"] == "5s"
+    label = {"gateway.networking.k8s.io/gateway-name": gateway["metadata"]["name"]}
+    (ingress,) = OBJECTS["NetworkPolicy"]["spec"]["ingress"]
+    assert {"podSelector": {"matchLabels": label}} in ingress["from"]
 
 
 def test_postgresql_allows_the_maximum_number_of_replicas() -> None:

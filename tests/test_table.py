@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime
 from threading import Barrier
 
@@ -10,8 +11,9 @@ import pytest
 
 from signup.config import Config
 from signup.database import SCHEMA, prepare_table
-from testbed import ROOT
+from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users, execute
+from testbed.faults import too_many_connections, wrong_password
 from testbed.service import USER, Service, refused_start, user
 
 COLUMNS = "first_name text, last_name text, created_at timestamptz, updated_at timestamptz"
@@ -45,10 +47,38 @@ def test_database_with_another_encoding_than_utf8_is_refused(postgres: Postgres)
     assert line == "the database can't be used: its encoding is not UTF8"
 
 
-def test_unreachable_database_is_refused() -> None:
-    # A word of the message may be the password: nothing is replaced in it.
-    line = refusal("postgresql://signup:on@127.0.0.1:1/signup")
-    assert line.endswith("OperationalError: 127.0.0.1 1: Connection refused")
+def test_start_waits_for_the_database_and_logs_each_cause_once() -> None:
+    causes = ["No such file", "not accepting connections", "too many connections", "read-only"]
+    with Postgres() as server, ThreadPoolExecutor(1) as executor, ExitStack() as stack:
+        url = server.new_database()
+        execute(server.url, "ALTER SYSTEM SET hot_standby = off")
+        execute(server.url, f"ALTER ROLE {role(url)} SET default_transaction_read_only = on")
+        server.stop()
+        service = Service(DATABASE_URL=url, WEB_CONCURRENCY="1")
+        start = executor.submit(service.__enter__)
+        wait_until(lambda: hasattr(service, "process"))
+        stack.push(service)
+        wait_until(lambda: causes[0] in service.log())
+        (server.server.data / "standby.signal").touch()
+        server.restart()
+        wait_until(lambda: causes[1] in service.log())
+        server.server.run("pg_ctl", "-D", server.server.data, "-w", "promote")
+        with too_many_connections(server, url):
+            wait_until(lambda: causes[2] in service.log())
+        wait_until(lambda: causes[3] in service.log())
+        execute(server.url, f"ALTER ROLE {role(url)} RESET ALL")
+        assert start.result().signup(json=USER).status_code == 201
+        assert [service.log().count(cause) for cause in causes] == [1] * 4
+
+
+def test_refused_login_or_parameter_ends_the_start(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    name = role(url)
+    with wrong_password(postgres, url):
+        assert "password authentication failed" in refusal(url)
+    assert 'role "other" does not exist' in refusal(url.replace(f"//{name}", "//other"))
+    assert 'database "other" does not exist' in refusal(url.replace(f"/{name}?", "/other?"))
+    assert 'invalid sslmode value: "on"' in refusal(f"{url},127.0.0.1:1&sslmode=on")
 
 
 @pytest.mark.parametrize("ddl", FOREIGN)
