@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 # Three processes, as the tests mostly wait. tests/conftest.py groups the tests that must share one.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
-QUICK := rooms validation config metrics http openapi rules dashboards compose kubernetes
+QUICK := rooms validation config metrics http hostile openapi rules dashboards compose kubernetes
 HOST := http://localhost:3000
 REPORT = load-test-$(LOAD).html
 

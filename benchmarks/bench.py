@@ -55,12 +55,12 @@ class Contender:
 # The figures of a round, and how they are printed. The CPU is that of a signup, in all processes
 # of a service: alone, and while all contenders run. The memory is private.
 FIGURES = {
-    "signups/s": "{:.0f}".format,
-    "p50 ms": "{:.1f}".format,
-    "p99 ms": "{:.1f}".format,
-    "CPU ms": "{:.2f}".format,
-    "  all at once": "{:.2f}".format,
-    "MB per worker": "{:.0f}".format,
+    "signups/s": ".0f",
+    "p50 ms": ".1f",
+    "p99 ms": ".1f",
+    "CPU ms": ".2f",
+    "  all at once": ".2f",
+    "MB per worker": ".0f",
 }
 
 
@@ -264,13 +264,13 @@ def report(results: dict[str, list[dict[str, float]]], ceiling: list[float]) -> 
     print(f"{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
     for name, rounds in results.items():
         print(name)
-        for figure, form in FIGURES.items():
-            text = spread([each[figure] for each in rounds], form)
+        for figure, spec in FIGURES.items():
+            text = spread([each[figure] for each in rounds], spec)
             pairs = zip(results[OURS], rounds, strict=True)
             ratio = median(ours[figure] / theirs[figure] for ours, theirs in pairs)
             print(f"  {figure:13} {text:26} x {ratio:.2f}")
     print("the same INSERT with pgbench, 25 clients")
-    print(f"  {'signups/s':13} {spread(ceiling, '{:.0f}'.format)}")
+    print(f"  {'signups/s':13} {spread(ceiling, '.0f')}")
 
 
 if __name__ == "__main__":

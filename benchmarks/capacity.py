@@ -106,9 +106,9 @@ def main() -> None:
     print(f"{machine()}\nmedian of {ROUNDS} x {SECONDS} s (minimum to maximum)")
     for case in cases:
         print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
-        print("  signups/s        ", spread(case.rates, "{:.0f}".format))
+        print("  signups/s        ", spread(case.rates, ".0f"))
         for name, values in case.milliseconds.items():
-            print(f"  {name:17}", spread(values, "{:.2f}".format))
+            print(f"  {name:17}", spread(values, ".2f"))
 
 
 if __name__ == "__main__":

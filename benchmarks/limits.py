@@ -6,6 +6,7 @@ It draws docs/performance*.png, and prints the figures of the tables in docs/per
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -16,18 +17,8 @@ from testbed import ROOT, wait_until
 from testbed.database import Postgres
 from testbed.load import Repeated
 
-from .bench import (
-    CONTENDERS,
-    MEGABYTE,
-    OURS,
-    children,
-    cpu,
-    machine,
-    new_table,
-    private_memory,
-    running,
-    settled_rows,
-)
+from . import bench
+from .bench import CONTENDERS, Contender, new_table, running, settled_rows
 from .wrk import Run, spread, wrk
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
@@ -38,25 +29,34 @@ PEERS = tuple(contender for contender in CONTENDERS if "without" not in contende
 SERVICE = CONTENDERS[0]
 
 
-def curve(postgres: Postgres) -> None:
-    """Throughput and p99 by number of clients; this service must respond with 201 only."""
-    runs: dict[str, dict[int, list[Run]]] = {peer.name: {} for peer in PEERS}
+def sweep(
+    postgres: Postgres, contenders: dict[str, Contender], clients: Sequence[int]
+) -> dict[str, dict[int, list[Run]]]:
+    """Measure and print throughput and p99 by contender and number of clients."""
+    runs: dict[str, dict[int, list[Run]]] = {name: {} for name in contenders}
     for _ in range(ROUNDS):
-        for peer in PEERS:
-            with running(peer, new_table(postgres)) as (address, _):
+        for name, contender in contenders.items():
+            with running(contender, new_table(postgres)) as (address, _):
                 wrk(address, 32, 2)
-                for clients in CLIENTS:
-                    run = wrk(address, clients, SECONDS)
-                    assert peer.name != OURS or run.refused == run.unanswered == 0, run
-                    runs[peer.name].setdefault(clients, []).append(run)
-    figure, (rates, latencies) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+                for number in clients:
+                    run = wrk(address, number, SECONDS)
+                    assert name != bench.OURS or run.refused == run.unanswered == 0, run
+                    runs[name].setdefault(number, []).append(run)
     for name, by_clients in runs.items():
         print(name)
-        for clients, measured in by_clients.items():
-            rate = spread([run.rate for run in measured], "{:.0f}".format)
-            p99 = spread([run.p99 * 1000 for run in measured], "{:.0f}".format)
+        for number, measured in by_clients.items():
+            rate = spread([run.rate for run in measured], ".0f")
+            p99 = spread([run.p99 * 1000 for run in measured], ".0f")
             failed = sum(run.refused + run.unanswered for run in measured)
-            print(f"  {clients:3} clients  {rate:22} signups/s  p99 {p99:18} ms  failed {failed}")
+            print(f"  {number:3} clients  {rate:22} signups/s  p99 {p99:18} ms  failed {failed}")
+    return runs
+
+
+def curve(postgres: Postgres) -> None:
+    """Throughput and p99 by number of clients; this service must respond with 201 only."""
+    runs = sweep(postgres, {peer.name: peer for peer in PEERS}, CLIENTS)
+    figure, (rates, latencies) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for by_clients in runs.values():
         rates.plot(CLIENTS, [median(r.rate for r in by_clients[n]) for n in CLIENTS], "o-")
         p99s = [median(r.p99 * 1000 for r in by_clients[n]) for n in CLIENTS]
         latencies.plot(CLIENTS, p99s, "o-")
@@ -78,10 +78,10 @@ def layers(postgres: Postgres) -> None:
         for contender in (alone, without, SERVICE):
             with running(contender, new_table(postgres)) as (address, pid):
                 wrk(address, 32, 2)
-                before = cpu(pid), cpu(postgres.pids()[0])
+                before = bench.cpu(pid), bench.cpu(postgres.pids()[0])
                 run = wrk(address, 32, SECONDS)
-                used.append((cpu(pid) - before[0]) / run.created * 1000)
-                server = (cpu(postgres.pids()[0]) - before[1]) / run.created * 1000
+                used.append((bench.cpu(pid) - before[0]) / run.created * 1000)
+                server = (bench.cpu(postgres.pids()[0]) - before[1]) / run.created * 1000
         for name, cost in (
             ("gunicorn, gevent", used[0]),
             ("Flask, validation, driver, log", used[1] - used[0]),
@@ -92,7 +92,7 @@ def layers(postgres: Postgres) -> None:
     figure, axes = plt.subplots(figsize=(11, 2.2), layout="constrained")
     left = 0.0
     for name, measured in costs.items():
-        print(f"{name:36} {spread(measured, '{:.2f}'.format)} ms of CPU")
+        print(f"{name:36} {spread(measured, '.2f')} ms of CPU")
         axes.barh("signup", median(measured), left=left, label=name)
         left += max(0.0, median(measured))
     axes.set(xlabel="milliseconds of CPU")
@@ -114,21 +114,20 @@ def scrapes(postgres: Postgres) -> None:
     four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
     for _ in range(ROUNDS):
         with running(four, new_table(postgres)) as (address, pid):
-            wait_until(lambda: len(children(pid)) == 4)
+            wait_until(lambda: len(bench.children(pid)) == 4)
             wrk(address, 32, 2)
-            before = cpu(pid)
+            before = bench.cpu(pid)
             for _ in range(200):
                 scrape(address)
-            costs.append((cpu(pid) - before) / 200)
+            costs.append((bench.cpu(pid) - before) / 200)
         with running(SERVICE, new_table(postgres)) as (address, _):
             wrk(address, 32, 2)
             without.append(wrk(address, 32, 5).p99)
             with Repeated(scrape_slowly):
                 with_scrapes.append(wrk(address, 32, 5).p99)
-    form = "{:.1f}".format
-    print(f"scrape with 4 workers: {spread([c * 1000 for c in costs], form)} ms of CPU")
-    print(f"p99 without scrapes: {spread([p * 1000 for p in without], form)} ms")
-    print(f"p99 with one scrape per second: {spread([p * 1000 for p in with_scrapes], form)} ms")
+    print(f"scrape with 4 workers: {spread([c * 1000 for c in costs], '.1f')} ms of CPU")
+    print(f"p99 without scrapes: {spread([p * 1000 for p in without], '.1f')} ms")
+    print(f"p99 with one scrape per second: {spread([p * 1000 for p in with_scrapes], '.1f')} ms")
 
 
 def memory(postgres: Postgres) -> None:
@@ -140,31 +139,23 @@ def memory(postgres: Postgres) -> None:
             while rows < max(2000, SIGNUPS * part / 4):
                 wrk(address, 32, 2 if part == 0 else 10)
                 rows = settled_rows(url)
-            each = sorted(private_memory(worker) / MEGABYTE for worker in children(pid))
+            each = sorted(
+                bench.private_memory(worker) / bench.MEGABYTE for worker in bench.children(pid)
+            )
             print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB per worker")
 
 
 def defaults(postgres: Postgres) -> None:
     """Throughput and p99 with 1 to 4 workers."""
-    runs: dict[tuple[int, int], list[Run]] = {}
-    for _ in range(ROUNDS):
-        for workers in (1, 2, 3, 4):
-            env = (("WEB_CONCURRENCY", str(workers)),)
-            with running(replace(SERVICE, env=env), new_table(postgres)) as (address, _):
-                wrk(address, 32, 2)
-                for clients in (32, 200):
-                    run = wrk(address, clients, SECONDS)
-                    runs.setdefault((workers, clients), []).append(run)
-    for (workers, clients), measured in runs.items():
-        rate = spread([run.rate for run in measured], "{:.0f}".format)
-        p99 = spread([run.p99 * 1000 for run in measured], "{:.0f}".format)
-        case = f"{workers} workers, {clients:3} clients"
-        print(f"{case}  {rate:22} signups/s  p99 {p99} ms")
+    cases = {
+        f"{n} workers": replace(SERVICE, env=(("WEB_CONCURRENCY", str(n)),)) for n in (1, 2, 3, 4)
+    }
+    sweep(postgres, cases, (32, 200))
 
 
 if __name__ == "__main__":
     parts = {part.__name__: part for part in (curve, layers, scrapes, memory, defaults)}
-    print(machine())
+    print(bench.machine())
     with Postgres() as server:
         for name in sys.argv[1:] or parts:
             parts[name](server)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -41,6 +41,7 @@ def wrk(url: str, clients: int, seconds: int) -> Run:
     return Run(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+def spread(values: Sequence[float], spec: str) -> str:
     """Return the median with the minimum and maximum."""
-    return f"{form(median(values))} ({form(min(values))} to {form(max(values))})"
+    middle, low, high = (format(figure(values), spec) for figure in (median, min, max))
+    return f"{middle} ({low} to {high})"

@@ -21,28 +21,15 @@ import requests
 from testbed import wait_until
 from testbed.database import Postgres, locked_table
 from testbed.faults import locked, stopped
-from testbed.load import Background, Repeated
+from testbed.load import Repeated, Signups
 from testbed.monitoring import Alertmanager, BlackboxExporter, Prometheus
 from testbed.nginx import Nginx
 from testbed.programs import free_port
-from testbed.service import USER, Service
+from testbed.service import Client, Service
 
 # Windows, offsets and `for` durations of the rules, and their values here.
-WAITS = {
-    "1m": "1s",
-    "2m": "2s",
-    "3m": "3s",
-    "5m": "5s",
-    "10m": "10s",
-    "15m": "10s",
-    "30m": "10s",
-    "1h": "12s",
-    "3h": "6s",
-    "6h": "20s",
-    "24h": "20s",
-    "3d": "30s",
-    "30d": "60s",
-}
+WAITS = {"1m": "1s", "2m": "2s", "3m": "3s", "5m": "5s", "10m": "10s", "15m": "10s", "30m": "10s"}
+WAITS |= {"1h": "12s", "3h": "6s", "6h": "20s", "24h": "20s", "3d": "30s", "30d": "60s"}
 INTERVAL = "250ms"  # of scrapes and evaluations; 15 s in production
 CLIENTS = 40  # more than the pool has connections
 REQUESTS = 16  # per second
@@ -55,30 +42,23 @@ def shorten(rules: str) -> str:
     return re.sub(durations, lambda found: found[1] + WAITS[found[2]], rules)
 
 
-class Traffic(Background):
-    """A steady stream of signups to the first replica.
+class Traffic(Signups):
+    """A steady stream of signups.
 
     `rate` is in requests per second. `special`, if set, is the email of one in `every` requests.
     """
 
-    def __init__(self, replicas: list[Service]) -> None:
-        super().__init__(CLIENTS)
-        self._replicas = replicas
-        self.rate = REQUESTS
-        self.every = 2
-        self.special: str | None = None
+    rate, every = REQUESTS, 2
+    special: str | None = None
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         if not self.rate:
             time.sleep(0.1)
             return
         time.sleep((CLIENTS if turn else number) / self.rate)
-        email = f"{number}-{turn}-{time.time_ns()}@example.com"
-        if self.special and (number + turn) % self.every == 0:
-            email = self.special
-        with contextlib.suppress(requests.RequestException):
-            # A new connection per request, so that every worker gets a share.
-            self._replicas[0].signup(json=USER | {"email": email})
+        is_special = self.special and (number + turn) % self.every == 0
+        new = f"{number}-{turn}-{time.time_ns()}@example.com"
+        self.sign_up(str(self.special) if is_special else new)
 
     @contextlib.contextmanager
     def changed(self, **settings: Any) -> Iterator[None]:
@@ -113,9 +93,9 @@ class Deployment:
             )
             self.prometheus.set_targets("prometheus", self.prometheus.url)
             self._services = stack.enter_context(ExitStack())
-            self._replicas: list[Service] = []
+            self._first = Client()
             self._start()
-            self.traffic = stack.enter_context(Traffic(self._replicas))
+            self.traffic = stack.enter_context(Traffic(self._first, CLIENTS))
             steady = f"job:signup_requests:rate5m > {REQUESTS / 2}"
             wait_until(lambda: self.prometheus.query(steady))
             self._stack = stack.pop_all()
@@ -127,9 +107,10 @@ class Deployment:
     def _start(self) -> None:
         """Start the service and the proxy on new ports, and stop the old ones."""
         self._services.close()
-        self._replicas[:] = [
+        self._replicas = [
             self._services.enter_context(self._replica(workers)) for workers in ("4", "1")
         ]
+        self._first.url = self._replicas[0].url  # which gets the traffic
         self._scrape()
         self._proxy = self._services.enter_context(Nginx(*self._replicas))
         self.prometheus.set_probe_target(self._proxy.url)
@@ -150,77 +131,63 @@ class Deployment:
         urls = [replica.url for replica in self._replicas]
         self.prometheus.set_targets("signup-server", *urls, *others)
 
-    def causes(self) -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], list[str]]]:
+    def causes(self) -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]]:
         """Return each cause by name, as a context manager, with the alerts that it must fire."""
         url, postgres, traffic = self._url, self._postgres, self.traffic
         return {
             "half of the requests invalid": (
                 lambda: traffic.changed(special="bad"),
-                ["SignupHighErrorRate", "SignupHighValidationErrors"],
+                "SignupHighErrorRate SignupHighValidationErrors",
             ),
             "half of the emails duplicate": (
                 lambda: traffic.changed(special="twice@example.com"),
-                ["SignupHighDuplicateEmails"],
+                "SignupHighDuplicateEmails",
             ),
             "database stopped": (
                 lambda: stopped(postgres, url),
-                [
-                    "SignupDatabaseErrors",
-                    "SignupHighServerErrors",
-                    "SignupAvailabilityBudgetBurnFast",
-                    "SignupAvailabilityBudgetBurnSlow",
-                ],
+                "SignupDatabaseErrors SignupHighServerErrors SignupAvailabilityBudgetBurnFast"
+                " SignupAvailabilityBudgetBurnSlow",
             ),
             "table locked, many clients": (
                 self._pool_exhausted,
-                [
-                    "SignupDatabaseConnectionsHigh",
-                    "SignupDatabaseConnectionsElevated",
-                    "SignupDatabasePoolTimeouts",
-                    "SignupPoolWaitHigh",
-                ],
+                "SignupDatabaseConnectionsHigh SignupDatabaseConnectionsElevated"
+                " SignupDatabasePoolTimeouts SignupPoolWaitHigh",
             ),
             "table locked for 2 s at a time": (
                 lambda: lock(self.admin_url),
-                [
-                    "SignupSlowDatabaseQueries",
-                    "SignupVerySlowDatabaseQueries",
-                    "SignupSlowLatency",
-                    "SignupVerySlowLatency",
-                    "SignupLatencyBudgetBurnFast",
-                    "SignupLatencyBudgetBurnSlow",
-                ],
+                "SignupSlowDatabaseQueries SignupVerySlowDatabaseQueries SignupSlowLatency"
+                " SignupVerySlowLatency SignupLatencyBudgetBurnFast SignupLatencyBudgetBurnSlow",
             ),
             "four times the traffic": (
                 lambda: traffic.changed(rate=REQUESTS * 4),
-                ["SignupTrafficSpike"],
+                "SignupTrafficSpike",
             ),
             "a worker killed repeatedly": (
                 lambda: Repeated(self._kill_newest_worker),
-                ["SignupWorkerRestartLoop"],
+                "SignupWorkerRestartLoop",
             ),
-            "a replica restarted repeatedly": (self._restarts, ["SignupRestartLoop"]),
+            "a replica restarted repeatedly": (self._restarts, "SignupRestartLoop"),
             "wrong server scraped": (
                 lambda: self._scraped_too(self.prometheus.url),
-                ["SignupMetricsMissing"],
+                "SignupMetricsMissing",
             ),
             "traffic stopped": (
                 lambda: traffic.changed(rate=0),
-                ["SignupTrafficDrop", "SignupNoSignups"],
+                "SignupTrafficDrop SignupNoSignups",
             ),
             "a replica stopped": (
                 lambda: self._down(1),
-                ["SignupInstanceDown", "SignupReplicasMissing"],
+                "SignupInstanceDown SignupReplicasMissing",
             ),
-            "proxy stopped": (self._no_proxy, ["SignupUnreachable"]),
+            "proxy stopped": (self._no_proxy, "SignupUnreachable"),
             "service stopped": (
                 lambda: self._down(0, 1),
-                ["SignupServiceDown", "SignupUnreachable"],
+                "SignupServiceDown SignupUnreachable",
             ),
-            "cAdvisor stopped": (self._no_cadvisor, ["PrometheusTargetMissing"]),
+            "cAdvisor stopped": (self._no_cadvisor, "PrometheusTargetMissing"),
             "prometheus.yml invalid": (
                 self._wrong_configuration,
-                ["PrometheusConfigurationReloadFailure"],
+                "PrometheusConfigurationReloadFailure",
             ),
         }
 
@@ -285,7 +252,7 @@ class Deployment:
         file.write_text(right)
         self.prometheus.reload()
 
-    def run(self, cause: str, alerts: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    def run(self, cause: str, alerts: str) -> tuple[dict[str, float], dict[str, float]]:
         """Apply the cause until these alerts fire, then remove it and wait until they resolve.
 
         Returns when each reached Alertmanager, in seconds from the start of the cause, and when it
@@ -298,15 +265,16 @@ class Deployment:
             fired = self._wait(alerts, True, begin)
         return fired, self._wait(alerts, False, time.monotonic())
 
-    def _wait(self, alerts: list[str], present: bool, since: float) -> dict[str, float]:
+    def _wait(self, alerts: str, present: bool, since: float) -> dict[str, float]:
         """Wait until each alert is present, or absent; return how long after `since` it was so."""
         times: dict[str, float] = {}
+        names = alerts.split()
 
         def others() -> set[str]:
             now = self.alertmanager.alerts()
-            return {alert for alert in alerts if (alert in now) == present} - times.keys()
+            return {name for name in names if (name in now) == present} - times.keys()
 
-        while len(times) < len(alerts):
+        while len(times) < len(names):
             for alert in wait_until(others, timeout=90):
                 times[alert] = time.monotonic() - since
         return times
@@ -318,7 +286,7 @@ def main() -> None:
     with Deployment() as deployment:
         for cause, (_, alerts) in deployment.causes().items():
             fired, resolved = deployment.run(cause, alerts)
-            for alert in alerts:
+            for alert in fired:
                 times = f"{fired[alert]:9.1f} s{resolved[alert]:14.1f} s"
                 print(f"{alert:38}{cause:38}{times}", flush=True)
 

@@ -8,11 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
-
-import requests
 
 from signup.pool import PING_AFTER
 from testbed import wait_until
@@ -20,7 +18,7 @@ from testbed.cluster import Cluster, ask
 from testbed.database import locked_table, stored_emails
 from testbed.load import Signups
 from testbed.relay import Relay
-from testbed.service import Client, Service
+from testbed.service import Service
 
 CLIENTS, WORKERS = 8, 2
 # Low, to keep the drill short: a statement sent to a silent server takes their sum plus 1 s.
@@ -49,38 +47,16 @@ class Report:
     stale: int
 
 
-class Load(Signups):
-    """Clients that send valid signups."""
-
-    def __init__(self, service: Client, clients: int = CLIENTS) -> None:
-        super().__init__(service, clients, f"{time.time_ns()}")
-
-    def step(self, session: requests.Session, number: int, turn: int) -> None:
-        if self.sign_up(f"{self._name}-{number}-{turn}@example.com", session).status != 201:
-            self._stop.wait(0.05)  # back off after a failure
-
-    def count(self, status: int, since: float = 0) -> int:
-        """Return the number of responses with `status` to requests sent after `since`."""
-        return sum(a.status == status for a in self.answers if a.sent > since)
-
-    def await_answers(self, count: int, status: int = 201) -> None:
-        """Wait for `count` responses with `status` to requests sent from now on."""
-        now = time.monotonic()
-        wait_until(lambda: self.count(status, now) >= count, timeout=60)
-
-    def report(self, scenario: str, stored: set[str], taken_over: float, stale: int) -> Report:
-        assert not self.unanswered
-        first = min(a.done for a in self.answers if a.status == 201 and a.done > taken_over)
-        failed = [answer for answer in self.answers if answer.status != 201]
-        return Report(
-            scenario,
-            acknowledged=len(self.acknowledged),
-            present=len(stored.intersection(self.acknowledged)),
-            failed=len(failed),
-            recovery=first - taken_over,
-            failed_later=sum(answer.sent > first for answer in failed),
-            stale=stale,
-        )
+def summary(
+    load: Signups, scenario: str, stored: set[str], taken_over: float, stale: int
+) -> Report:
+    assert not load.unanswered
+    first = min(a.done for a in load.answers if a.status == 201 and a.done > taken_over)
+    failed = [answer for answer in load.answers if answer.status != 201]
+    present = stored.intersection(load.acknowledged)
+    later = sum(answer.sent > first for answer in failed)
+    counts = len(load.acknowledged), len(present), len(failed)
+    return Report(scenario, *counts, first - taken_over, later, stale)
 
 
 def address(url: str, *relays: Relay) -> str:
@@ -96,7 +72,7 @@ def switch_over(cluster: Cluster) -> Report:
     """Planned: the primary becomes read-only, its address moves, and it rejoins as a standby."""
     old, url = cluster.primary, cluster.primary.new_database()
     with Relay(old) as relay, _service(address(url, relay)) as service:
-        with Load(service) as load:
+        with Signups(service, CLIENTS, valid=True) as load:
             load.await_answers(100)
             ask(old, "ALTER SYSTEM SET default_transaction_read_only = on")
             ask(old, "SELECT pg_reload_conf()")
@@ -111,9 +87,8 @@ def switch_over(cluster: Cluster) -> Report:
             old.stop()
             cluster.rejoin()
             load.await_answers(100)
-        return load.report(
-            "switch-over, the address moves", _stored(cluster, url), taken_over, stale
-        )
+        name = "switch-over, the address moves"
+        return summary(load, name, _stored(cluster, url), taken_over, stale)
 
 
 def killed(cluster: Cluster) -> Report:
@@ -130,7 +105,7 @@ def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
     old, url = cluster.primary, cluster.primary.new_database()
     with Relay(old) as first, Relay(cluster.standby) as second:
         hosts = address(url, first, second)
-        with _service(hosts) as service, Load(service) as load:
+        with _service(hosts) as service, Signups(service, CLIENTS, valid=True) as load:
             load.await_answers(100)
             old.signal(number)
             load.await_answers(1, status=500)
@@ -141,25 +116,24 @@ def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
         if number == signal.SIGSTOP:  # a new service skips the paused host too
             with _service(hosts) as service:
                 assert service.get("/readyz").status_code == 200
-        return load.report(scenario, _stored(cluster, url), taken_over, stale)
+        return summary(load, scenario, _stored(cluster, url), taken_over, stale)
 
 
 def silent(cluster: Cluster) -> Report:
     """A NAT or load balancer drops idle connections without notice to either side."""
     primary, url = cluster.primary, cluster.primary.new_database()
     with Relay(primary) as relay, _service(address(url, relay)) as service:
-        with Load(service, 2 * CLIENTS), locked_table(primary.admin_url(url)):
+        with Signups(service, 2 * CLIENTS, valid=True), locked_table(primary.admin_url(url)):
             wait_until(lambda: relay.connections(primary) > CLIENTS)
         opened, idle_since = relay.connections(primary), time.monotonic()
         relay.go_silent()
         wait_until(lambda: time.monotonic() > idle_since + PING_AFTER)
         asked = time.monotonic()
-        with Load(service) as load:
+        with Signups(service, CLIENTS, valid=True) as load:
             load.await_answers(100)
             stale = _stale(service, relay.silent_connections)
-        return load.report(
-            f"{opened} idle connections gone silent", _stored(cluster, url), asked, stale
-        )
+        name = f"{opened} idle connections gone silent"
+        return summary(load, name, _stored(cluster, url), asked, stale)
 
 
 SCENARIOS = (silent, switch_over, killed, paused)
@@ -187,18 +161,12 @@ def _stored(cluster: Cluster, url: str) -> set[str]:
 
 def main() -> None:
     """Print a row for each scenario."""
-    names = ("acknowledged", "present", "failed", "first 201", "failed later", "stale")
     with Cluster() as cluster:
-        print(f"{'':32}", *(f"{name:>12}" for name in names))
+        print(f"{'':32}", *(f"{figure.name:>12}" for figure in fields(Report)[1:]))
         for scenario in SCENARIOS:
             cluster.rejoin()
-            report = scenario(cluster)
-            print(
-                f"{report.scenario:32} {report.acknowledged:12} {report.present:12}"
-                f" {report.failed:12} {report.recovery:10.2f} s {report.failed_later:12}"
-                f" {report.stale:12}",
-                flush=True,
-            )
+            name, *figures = vars(scenario(cluster)).values()
+            print(f"{name:32}", *(f"{figure:12.4g}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":

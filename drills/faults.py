@@ -48,7 +48,7 @@ def fault_drill(
     before, counted = service.answers.copy(), _database_errors(service)
     logged = len(service.log())
     with FAULTS[fault](postgres, url):
-        with Signups(service, name=f"{fault.replace(' ', '-')}-{time.time_ns()}") as load:
+        with Signups(service) as load:
             wait_until(lambda: _failed(service.answers - before) >= failures, timeout=60)
         asked = time.perf_counter()
         readyz = service.get("/readyz").status_code
@@ -73,7 +73,7 @@ def durability_drill(
 
     Returns the number of acknowledged emails, and how many of these are not in the table.
     """
-    with Signups(service, name="durable") as load:
+    with Signups(service) as load:
         for goal in (signups // 3, signups * 2 // 3, signups):
             wait_until(lambda: len(load.acknowledged) >= goal, timeout=300)
             postgres.signal(signal.SIGKILL)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import requests
@@ -58,15 +57,12 @@ class Report:
 class OlderService(Background):
     """Clients of an older service: each has a connection and sends the guide's INSERT."""
 
-    def __init__(self, url: str, clients: int = 4) -> None:
+    def __init__(self, url: str, connections: contextlib.ExitStack, clients: int = 4) -> None:
         super().__init__(clients)
-        self._url, self._sessions = url, contextlib.ExitStack()
-        self._cursors: dict[int, Any] = {}
+        self._cursors = [connections.enter_context(session(url)) for _ in range(clients)]
         self.done, self.failed, self.slowest = 0, 0, 0.0
 
     def step(self, _: requests.Session, number: int, turn: int) -> None:
-        if turn == 0:
-            self._cursors[number] = self._sessions.enter_context(session(self._url))
         started = time.perf_counter()
         try:
             self._cursors[number].execute(INSERT.format(f"Old-{number}-{turn}@Example.com"))
@@ -74,10 +70,6 @@ class OlderService(Background):
         except psycopg2.Error:
             self.failed += 1
         self.slowest = max(self.slowest, time.perf_counter() - started)
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self._sessions.close()
 
 
 def run(url: str, *options: str, kill_at: str = "") -> tuple[int, int, str]:
@@ -111,7 +103,7 @@ def drill(postgres: Postgres, rows: int, kills: Iterable[str] = (PROGRESS, INDEX
     url = postgres.new_database()
     execute(url, GUIDE_TABLE)
     execute(url, FILL.format(rows))
-    with OlderService(url) as load:
+    with contextlib.ExitStack() as connections, OlderService(url, connections) as load:
         wait_until(lambda: load.done > 100)
         started = time.monotonic()
         with session(url) as backup:

@@ -25,20 +25,13 @@ from .alerts import Deployment, lock
 
 WIDTH, ROW, DPI = 1280, 38, 100  # image width and grid row in pixels; pixels per inch
 BACK, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e99", "#2c2f36"
-COLORS = {
-    "green": "#73bf69",
-    "yellow": "#fade2a",
-    "light-yellow": "#ffee52",
-    "orange": "#ff9830",
-    "light-orange": "#ffb357",
-    "red": "#f2495c",
-    "dark-red": "#c4162a",
-    "blue": "#5794f2",
-    "purple": "#b877d9",
-    "gray": "#8e8e99",
-}
+COLORS = {"green": "#73bf69", "yellow": "#fade2a", "light-yellow": "#ffee52", "orange": "#ff9830"}
+COLORS |= {"light-orange": "#ffb357", "red": "#f2495c", "dark-red": "#c4162a"}
+COLORS |= {"blue": "#5794f2", "purple": "#b877d9", "gray": "#8e8e99"}
 PALETTE = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9"]
 VARIABLES = {"$job": "signup-server", "$namespace": "", "$instance": ".+", "$goal": "1000"}
+plt.rcParams |= {"legend.frameon": False, "legend.labelcolor": TEXT, "legend.fontsize": 7.5}
+plt.rcParams |= {"legend.handlelength": 1, "legend.columnspacing": 1}
 RATE_INTERVAL = "10s"  # for scrapes every 250 ms
 
 # Pixels to the left of and below a plot, for its axes and legend.
@@ -101,13 +94,17 @@ def draw_number(axes: Axes, panel: dict[str, Any], series: Series) -> None:
         axes.text(0.5, 0.45, text, ha="center", va="center", color=color, size=24, weight="bold")
 
 
-def draw_lines(axes: Axes, panel: dict[str, Any], series: Series) -> None:
-    defaults = panel["fieldConfig"]["defaults"]
+def draw_times(axes: Axes) -> None:
     axes.tick_params(colors=FAINT, labelsize=8, length=0)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.yaxis.set_major_formatter(lambda value, _: format_value(value, defaults["unit"]))
     axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at)))
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="both"))
+
+
+def draw_lines(axes: Axes, panel: dict[str, Any], series: Series) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    draw_times(axes)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.yaxis.set_major_formatter(lambda value, _: format_value(value, defaults["unit"]))
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
     # Dashed, and not part of the stack.
     lines = {name for name in series if "lineStyle" in json.dumps(_overrides(panel, name))}
@@ -179,9 +176,7 @@ def draw_heatmap(axes: Axes, panel: dict[str, Any], series: Series) -> None:
     axes.pcolormesh(times, range(len(bounds)), cells, cmap="Oranges_r", shading="nearest")
     axes.set_yticks([n + 0.5 for n in range(len(bounds))])
     axes.set_yticklabels(["∞" if le == "+Inf" else format_value(float(le), "s") for le in bounds])
-    axes.tick_params(colors=FAINT, labelsize=8, length=0)
-    axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at)))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, prune="both"))
+    draw_times(axes)
 
 
 def draw_table(axes: Axes, panel: dict[str, Any], series: Series) -> None:
@@ -237,16 +232,8 @@ def draw(dashboard: dict[str, Any], query: Query, path: Path) -> None:
             axes.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, size=11)
             axes.axis("off")
         if axes.get_legend_handles_labels()[1]:
-            background.legend(
-                *axes.get_legend_handles_labels(),
-                loc="lower left",
-                ncols=7,
-                fontsize=7.5,
-                frameon=False,
-                labelcolor=TEXT,
-                handlelength=1,
-                columnspacing=1,
-            )
+            shown = axes.get_legend_handles_labels()
+            background.legend(*shown, loc="lower left", ncols=7)
     figure.savefig(path, facecolor=BACK)
     plt.close(figure)
 

@@ -1,15 +1,18 @@
 """Background load during a `with` block: clients that sign up, scrapers, and other actions."""
 
+import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import NamedTuple, Self
 
 import requests
 
+from . import wait_until
 from .service import USER, Client, Samples
 
 
@@ -17,31 +20,23 @@ class Background(ABC):
     """Threads that repeat `step` until the block ends, which then raises their first error."""
 
     def __init__(self, threads: int) -> None:
-        self._stop = threading.Event()
-        self._errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+        self._threads, self._stop = threads, threading.Event()
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._executor = ThreadPoolExecutor(self._threads)
+        self._runs = [self._executor.submit(self._run, n) for n in range(self._threads)]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[0]
+        self._executor.shutdown()
+        for run in self._runs:
+            run.result()
 
     def _run(self, number: int) -> None:
-        try:
-            with requests.Session() as session:
-                for turn in range(10**9):
-                    if self._stop.is_set():
-                        return
-                    self.step(session, number, turn)
-        except BaseException as error:
-            self._errors.append(error)
+        with requests.Session() as session:
+            for turn in itertools.takewhile(lambda _: not self._stop.is_set(), itertools.count()):
+                self.step(session, number, turn)
 
     @abstractmethod
     def step(self, session: requests.Session, number: int, turn: int) -> None:
@@ -69,17 +64,24 @@ class Answer(NamedTuple):
 
 
 class Signups(Background):
-    """Signups over keep-alive connections: of ten, eight are new, one invalid, one a duplicate."""
+    """Signups over keep-alive connections: of ten, eight are new, one invalid, one a duplicate.
 
-    def __init__(self, service: Client, clients: int = 8, name: str = "load") -> None:
+    If `valid`, all are new. The emails start with `name`, which is unique by default.
+    """
+
+    def __init__(
+        self, service: Client, clients: int = 8, name: str = "", valid: bool = False
+    ) -> None:
         super().__init__(clients)
-        self._service = service
-        self._name = name
+        self._service, self._valid = service, valid
+        self._name = name or f"{time.monotonic_ns()}"
         self._answers: list[Answer] = []
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
-        email = f"{self._name}-{number}-{turn - (turn % 10 == 9)}@example.com"
-        self.sign_up("bad" if turn % 10 == 5 else email, session)
+        kind = 0 if self._valid else turn % 10
+        email = f"{self._name}-{number}-{turn - (kind == 9)}@example.com"
+        if self.sign_up("bad" if kind == 5 else email, session).status not in (201, 400, 409):
+            self._stop.wait(0.05)  # back off after a failure
 
     def sign_up(self, email: str, session: requests.Session | None = None) -> Answer:
         """Send a signup, by default over a new connection; any response must be JSON."""
@@ -99,6 +101,15 @@ class Signups(Background):
     def answers(self) -> list[Answer]:
         """What the clients got so far."""
         return self._answers.copy()
+
+    def await_answers(self, count: int, status: int = 201) -> None:
+        """Wait for `count` responses with `status` to requests sent from now on."""
+        now = time.monotonic()
+
+        def sent_since() -> int:
+            return sum(a.status == status for a in self.answers if a.sent > now)
+
+        wait_until(lambda: sent_since() >= count, timeout=60)
 
     @property
     def acknowledged(self) -> list[str]:
@@ -143,6 +154,7 @@ class Scraper(Background):
                 assert samples[key] >= value, (key, value, samples[key])
         self._last[number] = samples
         self.count += 1
+        self._stop.wait(0.1)  # parsing takes the CPU time that the service needs
 
 
 def scrape_time(service: Client, times: int = 50) -> float:

@@ -14,20 +14,8 @@ from typing import Any, Self
 
 from . import wait_until
 
-PACKAGES = {  # Debian packages by program
-    "prometheus": "prometheus",
-    "promtool": "prometheus",
-    "prometheus-alertmanager": "prometheus-alertmanager",
-    "amtool": "prometheus-alertmanager",
-    "prometheus-blackbox-exporter": "prometheus-blackbox-exporter",
-    "nginx": "nginx",
-    "pgbouncer": "pgbouncer",
-    "wrk": "wrk",
-    "debootstrap": "debootstrap",
-    "slirp4netns": "slirp4netns",
-    "ip": "iproute2",
-    "openssl": "openssl",
-}
+# Debian packages, where their names are not those of the programs.
+PACKAGES = {"promtool": "prometheus", "amtool": "prometheus-alertmanager", "ip": "iproute2"}
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # a user's PATH lacks sbin
 
 
@@ -40,7 +28,7 @@ def find_program(name: str) -> str | None:
 def missing(*names: str) -> str:
     """Return which programs are missing and how to install them; empty if none is."""
     absent = [name for name in names if find_program(name) is None]
-    packages = " ".join(sorted({PACKAGES[name] for name in absent}))
+    packages = " ".join(sorted({PACKAGES.get(name, name) for name in absent}))
     return f"missing: {', '.join(absent)} (apt-get install {packages})" if absent else ""
 
 

@@ -9,6 +9,9 @@ from testbed.programs import missing
 from testbed.service import Service
 from testbed.watched import Watched, watch
 
+MODULE_FIXTURES = {"cluster", "database_url", "project", "server"}
+LONGEST = ("test_alerts", "test_rules", "test_slots")
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
@@ -48,15 +51,17 @@ def watched(postgres: Postgres) -> Iterator[Watched]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests in one pytest-xdist process: all that use `watched`, else those of one file.
+    """Keep tests in one pytest-xdist process: all that use `watched`, or a fixture of their module.
 
-    A test without fixtures, or with its own database, runs in any free process.
+    Any other test runs in any free process. The longest tests start first.
     """
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if fixtures and "url" not in fixtures:
-            group = "watched" if "watched" in fixtures else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+        fixtures = set(getattr(item, "fixturenames", ()))  # with those that they use
+        if "watched" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("watched"))
+        elif fixtures & MODULE_FIXTURES:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

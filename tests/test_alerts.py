@@ -4,11 +4,12 @@ import re
 
 import pytest
 import requests
-import yaml
 
 from drills.alerts import Deployment
 from testbed import ROOT, wait_until
 from testbed.monitoring import Alertmanager
+
+from .test_rules import ALERTS
 
 PAIRS = {  # a warning and the critical alert that inhibits it
     "SignupSlowLatency": "SignupVerySlowLatency",
@@ -25,13 +26,9 @@ def test_alerts_fire_with_their_cause_and_resolve_after_it() -> None:
     """A short `make alert-drill`."""
     with Deployment() as deployment:
         for cause, caused in {
-            "database stopped": [
-                "SignupHighErrorRate",
-                "SignupHighServerErrors",
-                "SignupDatabaseErrors",
-            ],
-            "proxy stopped": ["SignupUnreachable"],
-            "service stopped": ["SignupServiceDown", "SignupUnreachable"],
+            "database stopped": "SignupHighErrorRate SignupHighServerErrors SignupDatabaseErrors",
+            "proxy stopped": "SignupUnreachable",
+            "service stopped": "SignupServiceDown SignupUnreachable",
         }.items():
             deployment.run(cause, caused)
         wait_until(lambda: deployment.alertmanager.alerts().get("Watchdog") == "active")
@@ -50,9 +47,7 @@ def test_alerts_fire_with_their_cause_and_resolve_after_it() -> None:
 @pytest.mark.needs("prometheus-alertmanager")
 def test_redundant_alerts_are_inhibited() -> None:
     """A critical alert inhibits its warning; SignupServiceDown inhibits all others of its job."""
-    files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
-    rules = [rule for file in files for group in file["groups"] for rule in group["rules"]]
-    alerts = {rule["alert"]: rule["labels"] for rule in rules if "alert" in rule}
+    alerts = {name: rule["labels"] for name, rule in ALERTS.items()}
 
     def post(*names: str, **labels: str) -> None:
         place = {"job": "signup-server", "namespace": "production"} | labels

@@ -23,11 +23,3 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-
-
-def test_a_page_with_more_than_five_headings_has_a_table_of_contents() -> None:
-    for page in PAGES:
-        text = page.read_text()
-        headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-        if len(headings) > 5:
-            assert text.partition("\n## ")[0].count("](#") >= 5, page.name

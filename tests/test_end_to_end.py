@@ -19,6 +19,8 @@ from testbed.postgres import home_for
 from testbed.programs import is_alive
 from testbed.service import USER, Service, project_copy, user
 
+from .test_hostile import CHUNKED, GOOD, HIDDEN, chunks, get, length, post
+
 
 def test_example_and_concurrent_traffic_counts_exactly(service: Service, database_url: str) -> None:
     emails = ("test@example.com", "invalid", "duplicate@example.com", "duplicate@example.com")
@@ -99,6 +101,28 @@ def test_ctrl_c_stops_workers_that_were_already_signalled(database_url: str) -> 
                     os.kill(pid, number)
         assert service.press_ctrl_c() == 0
         assert "was sent SIGKILL" not in service.log()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        *(b"P", post(GOOD)[:40], post(GOOD)[:-40], chunks(CHUNKED)[:90]),
+        chunks(CHUNKED)[: -len(CHUNKED) + 1],  # stops inside a chunk size
+        *(length(b"999999", b"{"), chunks(b"ffffff\r\n")),  # refused at once; the client goes on
+        get(b"Connection: close", target=b"/"),  # client side stays open
+        HIDDEN + post(GOOD)[:40],  # a complete request and a part of another
+    ],
+)
+def test_slow_clients_do_not_block_others(service: Service, start: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(service.connect()) for _ in range(100)]  # on four workers
+        for client in slow:
+            client.sendall(start)
+        for _ in range(20):
+            assert service.get("/healthz").status_code == 200
+            for client in slow:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    client.send(b"x")
 
 
 def descendants(pid: int) -> list[int]:

@@ -79,7 +79,7 @@ def chunks(body: bytes, *headers: bytes) -> bytes:
 
 
 def user_json(**changes: Any) -> bytes:
-    return json.dumps(USER | changes).encode()
+    return json.dumps(USER | changes, ensure_ascii=False).encode()
 
 
 def new_user_json(**changes: Any) -> bytes:
@@ -193,8 +193,9 @@ NOT_HTTP = (
     get(b"X-Forwarded-Proto: https", b"X-Forwarded-Ssl: zebedee"),
     *(line + b"\r\nHost: x\r\n\r\n" + HIDDEN for line in LINES),
 )
-METHODS = {  # tests/test_http.py has the usual ones
-    **{name: (http(name.encode() + b" /signup HTTP/1.1"), NOT_POST) for name in ("HEAD", "PO-ST")},
+NAMED = ("GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND", "PO-ST")
+METHODS = {
+    **{name: (http(name.encode() + b" /signup HTTP/1.1"), NOT_POST) for name in NAMED},
     "PUT with a user": (post(GOOD).replace(b"POST", b"PUT", 1), NOT_POST),
     "override header": (get(b"X-HTTP-Method-Override: POST"), NOT_POST),
     "POST /": (post(GOOD, target=b"/"), NOT_GET),
@@ -202,7 +203,8 @@ METHODS = {  # tests/test_http.py has the usual ones
     "DELETE /healthz": (http(b"DELETE /healthz HTTP/1.1"), NOT_GET),
     "PUT /readyz": (http(b"PUT /readyz HTTP/1.1"), NOT_GET),
 }
-OTHER_PATHS = (  # only the exact path /signup matches; tests/test_http.py has plain ones
+OTHER_PATHS = (  # only the exact path /signup matches
+    *("/nothing", "/signup/", "//signup", "/SIGNUP", "/static/x"),
     *("/signup%00", "/signup%2f", "/%2fsignup", "/signup%20", "/signup%0d%0aX:%20y", "/./signup"),
     *("/x/../signup", "/%2e%2e/signup", "/signup;x=y", "/signup%3Fa=b", "/\\signup", "/sign%FFup"),
     *("/%252fsignup", "/%2e%2e/%2e%2e/etc/passwd", "/metrics/", "///signup", "http://x//signup"),
@@ -212,6 +214,7 @@ PATHS = {
     **{path: (post(GOOD, target=path.encode()), NOT_FOUND) for path in OTHER_PATHS},
     "asterisk": (http(b"OPTIONS * HTTP/1.1"), NOT_FOUND),
     "CONNECT": (http(b"CONNECT x:80 HTTP/1.1"), NOT_FOUND),
+    "GET": (get(target=b"/signup/"), NOT_FOUND),
     "CONNECT signup": (http(b"CONNECT signup HTTP/1.1"), NOT_FOUND),
 }
 
@@ -239,6 +242,7 @@ TABLES: dict[str, dict[str, Any]] = {
     **{"framing": BODIES, "cut short": CUT_SHORT, "smuggled": SMUGGLED},
     **{"method": METHODS, "path": PATHS},
 }
+NO_AT = "email is not valid: An email address must have an @-sign."
 TWO_BAD_FIELDS = post(user_json(first_name="", last_name="\0"))
 CASES = {
     **{f"body: {text[:40]!r} {n}": (post(text), INVALID) for n, text in enumerate(BAD_BODIES)},
@@ -246,15 +250,19 @@ CASES = {
     **{f"chunks: {text[:40]!r} {n}": (chunks(text), INVALID) for n, text in enumerate(BAD_CHUNKS)},
     **{f"not HTTP: {text[:60]!r} {n}": (text, REFUSED) for n, text in enumerate(NOT_HTTP)},
     **{key: case for field in FIELDS for key, case in field_cases(field).items()},
+    "no email": (post(user_json(email="invalid")), refused("email", NO_AT)),
     "the first bad field": (TWO_BAD_FIELDS, refused("first_name", "first name is required")),
     **{f"{title}: {key}": case for title, table in TABLES.items() for key, case in table.items()},
 }
 
 # Unusual, but each of these is a valid signup.
-NAMES = (  # tests/test_validation.py has names in other scripts
+NAMES = (
     *("Robert'); DROP TABLE users; --", "' OR '1'='1", '"; SELECT pg_sleep(9); --', "%s %(id)s %d"),
     *("{0} {{7*7}} ${7*7}", "<script>alert(1)</script>", "../../etc/passwd", "null", "NaN", "\\"),
-    *("$(reboot) `reboot`", "=1+1", "Set-Cookie: a=b", "X Æ A-12", "علی\u200cرضا", "𝒜" * 100),
+    *("$(reboot) `reboot`", "=1+1", "Set-Cookie: a=b", "X Æ A-12", "𝒜" * 100, "李小龍"),
+    *("Jean\u00a0Paul", "می\u200cخواهم", "e\u034f\u0301", "\u0301"),  # a joiner, combining marks
+    # One family of emoji with joiners, and selectors of a colour and of a variant glyph.
+    *("\U0001f469\u200d\U0001f469\u200d\U0001f467", "❤\ufe0f", "葛\U000e0100"),
 )
 EXTRAS = (
     *(b"1e999", b"-0", b"null", b'"\\ud800"', b"[" * 200 + b"]" * 200, b'{"email": 1}'),
@@ -270,6 +278,7 @@ HEADERS = (  # without effect on the response
     *(b"X-Forwarded-For: \xe9, ' OR 1=1", b"X-Forwarded-Host: evil.example"),
     *(b"X-Forwarded-Proto: gopher", b"X-Forwarded-Prefix: /signup", b"X-Original-URL: /metrics"),
     *(b"X-HTTP-Method-Override: GET", b"Content-Type: application/json; charset=utf-16"),
+    b"Content-Type: application/x-www-form-urlencoded",  # what plain `curl -d` sends
     *(b"Content-Type: multipart/form-data", b"Content-Encoding: gzip", b"Cookie: session=\xe9; a"),
     *(b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: A", b"Accept: x"),
     *(b"X-Request-ID: a b", b"X-Request-ID: \xe9", b"X-Request-ID: " + b"a" * 129),
@@ -290,6 +299,9 @@ FINE = {
     **{f"host: {host[:80]!r}": post(new_user_json(), host=host) for host in HOSTS},
     "surrounding white space": post(b"\r\n\t " + new_user_json() + b" \n"),
     "the largest body": post(new_user_json().ljust(LIMIT)),
+    "the largest body in chunks": chunks(
+        b"2000\r\n%b\r\n2000\r\n%b\r\n0\r\n\r\n" % (new_user_json().ljust(8192), b" " * 8192)
+    ),
     "escapes": post(new_user_json(first_name="?").replace(b"?", rb"\u0041\ud83d\ude00\/")),
     "HTTP/1.0": post(new_user_json()).replace(b"HTTP/1.1", b"HTTP/1.0"),
     "a leading empty line": b"\r\n" + post(new_user_json()),

@@ -33,8 +33,8 @@ def test_client_connections_share_fewer_server_connections(
     }
     with Service(**env) as first, Service(**env) as second:
         services = (first, second)
-        with Signups(first, 16) as load, Signups(second, 16, name="other") as other:
-            wait_until(lambda: first.answers.total() + second.answers.total() > 1500)
+        with Signups(first, 16) as load, Signups(second, 16) as other:
+            wait_until(lambda: first.answers.total() + second.answers.total() > 600)
             assert 0 < len(postgres.connections(url)) <= POOL
         assert not load.unanswered + other.unanswered
         opened = (s.metrics().get_value("database_connections", state="open") for s in services)

@@ -13,6 +13,12 @@ from .. import ROOT
 from ..load import Background
 from ..service import Samples, Service
 
+STOCK = """\
+from prometheus_client import multiprocess
+def child_exit(server, worker):
+    multiprocess.mark_process_dead(worker.pid)
+"""  # as prometheus_client's manual says
+
 
 class Foreign(Service):
     """The service in a temporary folder, which every user can read; `answers` are by master."""
@@ -31,10 +37,10 @@ class Foreign(Service):
         folder = tempfile.TemporaryDirectory(prefix="foreign-", dir="/tmp")
         self.project = Path(self._outputs.enter_context(folder))
         self.project.chmod(0o755)
-        here, conf = Path(__file__).parent, self.project / "gunicorn.conf.py"
-        shutil.copy(here / "app.py", self.project)
+        conf = self.project / "gunicorn.conf.py"
+        shutil.copy(Path(__file__).with_name("app.py"), self.project)
         if self._stock:
-            shutil.copy(here / "stock.conf.py", conf)
+            conf.write_text(STOCK)
             (self.project / "metrics").mkdir()
         else:
             shutil.copy(ROOT / "signup" / "slots.py", self.project)
