@@ -1,15 +1,19 @@
-"""nginx in front of the service, with nginx/nginx.conf."""
+"""nginx in front of the service, with the files of nginx/."""
 
 import itertools
+import re
 import socket
+import subprocess
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 
 from . import ROOT
-from .programs import Program, free_port, listens
+from .programs import Program, find_program, free_port, listens
 from .service import Client, Samples, Service
+
+LOG_ALL = {'"" $sampled;': '"" 1;'}  # an edit: log each request, not 1 % of some
 
 
 class FromAddress(HTTPAdapter):
@@ -24,42 +28,73 @@ class FromAddress(HTTPAdapter):
 
 
 class Nginx(Program, Client):
-    """nginx with nginx/nginx.conf, except for its port and the replicas, which are `services`.
+    """nginx with nginx/`entry`, except for its ports and the replicas, which are `services`.
 
-    Each signup comes from a new client address, so the rate limit per client does not apply. The
-    metrics are the sum over all services.
+    `edits` replaces further text in its files. `ports` maps their ports to those on 127.0.0.1. Each
+    signup comes from a new client address, so the rate limit per client does not apply. The metrics
+    are the sum over all services.
     """
 
-    def __init__(self, *services: Service) -> None:
+    def __init__(
+        self, *services: Service, entry: str = "nginx.conf", edits: dict[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.services = services
+        self.entry = entry
+        self.ports = {port: free_port() for port in (8080, 8081, 8443)}
+        self._edits = edits or {}
         self._addresses = itertools.count(127 << 24 | 1 << 16)
 
     def command(self) -> list[str]:
-        self._port = free_port()
-        text = (ROOT / "nginx/nginx.conf").read_text()
-        assert text.count("listen 8080;") == 1
-        text = text.replace("listen 8080;", f"listen 127.0.0.1:{self._port};")
-        (self.folder / "nginx.conf").write_text(text)
-        replicas = [
+        texts = {path.name: path.read_text() for path in (ROOT / "nginx").glob("*.conf")}
+        texts["replicas.conf"] = "".join(
             f"server {service.url.removeprefix('http://')} fail_timeout=5s;\n"
             for service in self.services
-        ]
-        (self.folder / "replicas.conf").write_text("".join(replicas))
+        )
+        edits = {f"listen {port}": f"listen 127.0.0.1:{self.ports[port]}" for port in self.ports}
+        edits |= {"/etc/nginx": str(self.folder)} | self._edits
+        program = [str(find_program("nginx")), "-v"]
+        version = subprocess.run(program, capture_output=True, text=True, check=True).stderr
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < (1, 25):
+            edits |= {" ssl;": " ssl http2;", "http2 on;": ""}
+        for old, new in edits.items():
+            assert any(old in text for text in texts.values()), old
+            texts = {name: text.replace(old, new) for name, text in texts.items()}
+        for name, text in texts.items():
+            (self.folder / name).write_text(text)
+        self.folder.chmod(0o755)  # nginx' workers read acme/ as another user
+        if self.entry == "https.conf":
+            self.certify()
         # Debian's nginx opens its default log before it reads the configuration.
         options = ["-e", "stderr", "-g", "daemon off;"]
-        return ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *options]
+        return ["nginx", "-p", str(self.folder), "-c", str(self.folder / self.entry), *options]
+
+    def certify(self) -> None:
+        """Write a new self-signed certificate, which HUP applies, for 127.0.0.1."""
+        (self.folder / "tls").mkdir(exist_ok=True)
+        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+        command += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+        command += " -keyout tls/privkey.pem -out tls/fullchain.pem"
+        subprocess.run(command.split(), cwd=self.folder, check=True, capture_output=True)
+        with (self.folder / "trusted.pem").open("a") as trusted:  # by signup
+            trusted.write((self.folder / "tls/fullchain.pem").read_text())
 
     def address(self) -> str | None:
-        return f"http://127.0.0.1:{self._port}" if listens(self._port) else None
+        port = self.ports[8080]
+        return f"http://127.0.0.1:{port}" if listens(port) else None
+
+    def connect(self, address: str = "", port: int = 8080) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.ports[port]), 30, (address, 0))
 
     def signup(self, method: str = "POST", **options: Any) -> requests.Response:
         """Send a request to /signup over a new connection, from `address` or a new address."""
         number = next(self._addresses)
         address = options.pop("address", socket.inet_ntoa(number.to_bytes(4, "big")))
         with requests.Session() as session:
-            session.mount("http://", FromAddress(address))
-            return super().signup(method, **options | {"session": session})
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, FromAddress(address))
+            options |= {"session": session, "verify": str(self.folder / "trusted.pem")}
+            return super().signup(method, **options)
 
     def metrics(self, openmetrics: bool = False) -> Samples:
         totals = Samples()

@@ -128,7 +128,7 @@ def test_limits_and_timeouts_are_consistent() -> None:
     (keepalive,) = re.findall(r"^keepalive = (\d+)", GUNICORN, re.MULTILINE)
     assert longest < graceful_timeout()
     upstream = NGINX[NGINX.index("upstream signup") :]
-    (idle,) = re.findall(r"keepalive_timeout (\d+)s;", upstream)
+    idle, *_ = re.findall(r"keepalive_timeout (\d+)s;", upstream)
     assert int(idle) < int(keepalive) < graceful_timeout()
     stop = int(SERVICES["server"]["stop_grace_period"].removesuffix("s"))
     assert stop > graceful_timeout()
