@@ -133,7 +133,7 @@ compose-build: ## Build the service's image, with a new version
 compose-update: ## Roll out a new image or settings: check new replicas, then stop the old ones
 	@deploy/compose.sh update
 
-compose-rollback: ## Go back to the version before; VERSION= names another
+compose-rollback: ## Go back to the version before; TO= names another
 	@deploy/compose.sh rollback
 
 compose-backup: ## Write the database to a dated file in backups/

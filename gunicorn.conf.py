@@ -52,8 +52,9 @@ def on_starting(server: Any) -> None:
     if pidfile := server.pidfile:  # gunicorn leaves it behind if a start fails
         atexit.register(lambda: server.pid == os.getpid() and pidfile.unlink())
     slots.master = server.pid  # with --daemon, not that of the import
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):  # no traceback
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    ends = signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM  # without a traceback
+    for number in (*ends, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: number in ends and sys.exit(128 + number))
     try:
         for name in UNSUPPORTED:
             if (setting := server.cfg.settings[name]).get() != setting.default:

@@ -35,19 +35,7 @@ put() { # NAME VALUE: into .env
     mv .env.new .env
 }
 
-check_files() {
-    # A checkout under umask 077 hides the files from the containers' users.
-    hidden=$(find $MOUNTED -path nginx/tls -prune -o \( ! -perm -o=r -o -type d ! -perm -o=x \) -print)
-    [ -z "$hidden" ] || fail "the containers can't read $(echo $hidden): chmod go+rX $(echo $hidden)"
-    [ -e nginx/tls/privkey.pem ] || return 0
-    unreadable=$(find nginx/tls/*.pem ! \( -uid 101 -perm -u=r \) ! -perm -o=r)
-    [ -z "$unreadable" ] || fail "nginx, user 101, can't read $(echo $unreadable): sudo chown 101:101 $(echo $unreadable)"
-    [ -z "$(find nginx/tls/privkey.pem -perm /007 -o -perm /070 ! -gid 101)" ] ||
-        fail "others may read nginx/tls/privkey.pem: sudo chown 101:101 nginx/tls/privkey.pem && sudo chmod 0400 nginx/tls/privkey.pem"
-}
-
-prepare() { # .env, and with a certificate https
-    check_files
+prepare() { # Docker, and .env
     if [ ! -e .env ]; then
         for name in $NAMES; do
             printf "%s='%s'\n" "$name" "$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"
@@ -56,14 +44,38 @@ prepare() { # .env, and with a certificate https
         say "wrote $PWD/.env with random passwords; .env.example describes it"
     fi
     docker compose version >/dev/null 2>&1 || fail "Docker Engine with Compose 2.26 or newer is required"
-    named=$(sed -n 's/^COMPOSE_FILE=//p' .env)
-    if [ -e nginx/tls/privkey.pem ] && [ -z "$named" ]; then
+}
+
+check_files() {
+    # A checkout under umask 077 hides the files from the containers' users.
+    hidden=$(find $MOUNTED -path 'nginx/tls/*' -prune -o \( ! -perm -o=r -o -type d ! -perm -o=x \) -print)
+    [ -z "$hidden" ] || fail "the containers can't read $(echo $hidden): chmod go+rX $(echo $hidden)"
+    [ -e nginx/tls/privkey.pem ] || return 0
+    for file in nginx/tls/fullchain.pem nginx/tls/privkey.pem; do
+        [ -f "$file" ] && [ ! -L "$file" ] || fail "$file is no file: see HTTPS in docs/production.md"
+        [ "$(find "$file" -uid 101 -perm -u=r -o -gid 101 -perm -g=r -o -perm -o=r)" ] ||
+            fail "nginx, user 101, can't read $file: sudo chown 101:101 $file"
+    done
+    [ -z "$(find nginx/tls/privkey.pem -perm /007 -o -perm /070 ! -gid 101)" ] ||
+        fail "others may read nginx/tls/privkey.pem: sudo chown 101:101 nginx/tls/privkey.pem && sudo chmod 0400 nginx/tls/privkey.pem"
+}
+
+choose_https() { # with a certificate, in .env
+    named=$(setting COMPOSE_FILE)
+    case $named in
+    *deploy/https.yml*)
+        [ -e nginx/tls/privkey.pem ] ||
+            fail "nginx/tls/privkey.pem is missing: put it back, or delete COMPOSE_FILE from .env for plain http" ;;
+    *)
+        [ -e nginx/tls/privkey.pem ] || return 0
+        [ -z "$named" ] || fail "COMPOSE_FILE lacks deploy/https.yml, so nginx/tls is not used: append :deploy/https.yml"
         override=$(ls docker-compose.override.yml 2>/dev/null || true)
-        put COMPOSE_FILE "docker-compose.yml${override:+:$override}:deploy/https.yml"
-        say "found nginx/tls/privkey.pem: .env names deploy/https.yml, for https on port 443"
-    elif [ ! -e nginx/tls/privkey.pem ] && [ "${named%deploy/https.yml}" != "$named" ]; then
-        fail "nginx/tls/privkey.pem is missing: put it back, or delete COMPOSE_FILE from .env for plain http"
-    fi
+        named=docker-compose.yml${override:+:$override}:deploy/https.yml
+        COMPOSE_FILE=$named docker compose run --rm --no-deps -T --entrypoint nginx proxy \
+            -p /tmp -c /etc/nginx/https.conf -t || fail "nginx refuses the certificate: see above"
+        put COMPOSE_FILE "$named"
+        say "found nginx/tls/privkey.pem: .env names deploy/https.yml, for https on port 443" ;;
+    esac
 }
 
 stale_secrets() { # the names whose file has not the value of .env
@@ -101,12 +113,13 @@ build() {
 up() {
     [ "$(setting SIGNUP_VERSION)" ] || build
     if [ -z "$(replicas --filter status=running)" ]; then
-        write_secrets
-        docker compose up --detach --wait
-        rm -f secrets/*.before
+        start
         return
     fi
-    changed=$(stale_secrets && ls secrets/*.before 2>/dev/null || true) # .before: an update was killed
+    changed=$(stale_secrets && ls secrets/*.before secrets/keep 2>/dev/null || true) # of a killed update
+    for name in $NAMES; do # of a checkout from before secrets/
+        [ -e "secrets/$name" ] || write_secrets
+    done
     # All but the replicas, which an update replaces.
     docker compose up --detach --wait --no-deps $(docker compose config --services | grep -vx -e server -e role)
     wanted=$(docker compose config --hash server | cut -d ' ' -f 2)
@@ -116,6 +129,12 @@ up() {
     done
     [ -z "$changed" ] || replace
     docker compose up --detach --wait --no-deps --no-recreate server
+}
+
+start() { # where no replica runs
+    write_secrets
+    docker compose up --detach --wait
+    rm -f secrets/*.before secrets/keep
 }
 
 check() { # CONTAINER: wait until it is healthy, then compare its own answers
@@ -139,38 +158,61 @@ remove() { # CONTAINER...: after its requests
     docker rm --volumes "$@" >/dev/null
 }
 
+remove_all_but() { # CONTAINER...: of the replicas
+    for replica in $(replicas); do
+        case $* in *"$replica"*) ;; *) remove "$replica" ;; esac
+    done
+}
+
 undo() {
     trap '' INT TERM HUP
-    for replica in "$canary" $(replicas); do
-        case $old in *"$replica"*) ;; *) remove "$replica" 2>/dev/null || true ;; esac
-    done
+    remove "$canary" 2>/dev/null || true
+    remove_all_but $old || true
+    rm -f secrets/keep
+    restored=yes
     for file in secrets/*.before; do
         [ -e "$file" ] || continue
         cat "$file" >"${file%.before}"
-        rm "$file"
-        [ "$file" = secrets/GRAFANA_ADMIN_PASSWORD.before ] || set_passwords >&2 || true
+        set_passwords >&2 && rm -f "$file" || restored=
     done
     put SIGNUP_VERSION "$running"
-    fail "the update to $new failed; the old replicas, of $running, serve as before. Mend the cause above, then run make compose-build compose-update, or for the same image make compose-update VERSION=$new"
+    next="mend the cause above, then run make compose-build compose-update, or for the same image make compose-update TO=$new"
+    [ "$restored" ] ||
+        fail "the update to $new failed, and PostgreSQL may have the new password, so that the old replicas can't open connections: $next"
+    fail "the update to $new failed; the old replicas, of $running, serve as before: $next"
 }
 
 replace() { # start new replicas, check each, and only then stop the old ones
-    [ "$(replicas --filter status=running)" ] || fail "no replica is running: make compose-up"
-    old=$(replicas) # also one that has crashed
-    running=$(docker inspect --format '{{.Config.Image}}' "${old%%[!0-9a-f]*}")
-    case $running in *:*) running=${running#*:} ;; *) running=latest ;; esac
-    new=${VERSION:-$(setting SIGNUP_VERSION)}
+    new=${TO:-$(setting SIGNUP_VERSION)}
     docker image inspect "signup-server:$new" >/dev/null || fail "the image signup-server:$new is gone: make compose-build"
+    [ ! -e secrets/keep ] || remove_all_but $(cat secrets/keep) # an update was killed
+    old=$(replicas) # also one that has crashed
+    running=$(setting SIGNUP_VERSION)
+    [ -z "$old" ] || running=$(docker inspect --format '{{.Config.Image}}' "${old%%[!0-9a-f]*}")
+    case $running in *:*) running=${running#*:} ;; signup-server) running=latest ;; esac
+    if [ -z "$(replicas --filter status=running)" ]; then
+        put SIGNUP_VERSION "$new"
+        start
+    else
+        surge
+    fi
+    [ "$new" = "$running" ] || put SIGNUP_PREVIOUS_VERSION "$running"
+    say "signup-server:$new serves"
+}
+
+surge() {
     canary=$(project)-canary
     docker rm --force --volumes "$canary" >/dev/null 2>&1 || true
     trap undo EXIT
     trap 'exit 130' INT TERM HUP
+    echo "$old" >secrets/keep
     put SIGNUP_VERSION "$new"
     write_secrets
     set_passwords
-    # A body that has to be answered with 409. An empty table has none.
+    # A body that has to be answered with 409.
     known=$(docker compose exec -T db psql --username=postgres --dbname=signup --tuples-only --command \
-        "SELECT json_build_object('email', email, 'first_name', 'x', 'last_name', 'x') FROM users LIMIT 1" || true)
+        "SELECT json_build_object('email', email, 'first_name', 'x', 'last_name', 'x') FROM users ORDER BY id DESC LIMIT 1" || true)
+    [ "$known" ] || say "no email is registered in the service db, so no new replica is asked for a 409"
     # `run` gives a container no name that nginx or Prometheus asks for.
     docker compose run --detach --no-deps --name "$canary" server
     check "$canary"
@@ -180,34 +222,13 @@ replace() { # start new replicas, check each, and only then stop the old ones
         case $old in *"$replica"*) ;; *) check "$replica" ;; esac
     done
     trap - EXIT INT TERM HUP
+    replicas | grep -vxF "$old" >secrets/keep
     sleep 3 # nginx asks DNS each second: it has found the new replicas
     remove $old
-    rm -f secrets/*.before
-    [ "$new" = "$running" ] || put SIGNUP_PREVIOUS_VERSION "$running"
-    say "signup-server:$new serves"
+    rm -f secrets/*.before secrets/keep
 }
 
-case $1 in up | update | rollback)
-    exec 9<docker-compose.yml
-    flock --nonblock 9 || fail "another make compose-... is changing the stack: wait for its end" ;;
-esac
-case $1 in
-up)
-    prepare
-    up ;;
-build)
-    prepare
-    build ;;
-update)
-    prepare
-    replace ;;
-rollback)
-    prepare
-    VERSION=${VERSION:-$(setting SIGNUP_PREVIOUS_VERSION)}
-    [ "$VERSION" ] || fail "no version before this one is known: make compose-rollback VERSION=..., see docker image ls signup-server"
-    replace ;;
-backup)
-    prepare
+backup() {
     mkdir -p backups
     file=backups/signup-$(date -u +%Y%m%d-%H%M%S).dump
     docker compose exec -T db pg_dump --username=postgres --format=custom signup >"$file.part" || {
@@ -215,14 +236,45 @@ backup)
         fail "pg_dump failed: see above"
     }
     mv "$file.part" "$file"
-    say "wrote $file: copy it to another machine" ;;
-restore)
-    prepare
+    say "wrote $file: copy it to another machine"
+}
+
+psql() { docker compose exec -T db psql --username=postgres --dbname=signup --tuples-only --no-align --command "$1"; }
+
+restore() {
     [ -r "${FILE:-}" ] || fail "FILE=${FILE:-} can't be read: make compose-restore FILE=backups/..."
-    psql() { docker compose exec -T db psql --username=postgres --dbname=signup --tuples-only --no-align --command "$1"; }
-    [ -z "$(psql "SELECT to_regclass('users')")" ] || [ "$(psql 'SELECT count(*) FROM users')" = 0 ] || [ "${REPLACE:-}" ] ||
-        fail "the table has users, whom a restore would delete: to do so, add REPLACE=yes"
+    if [ -z "$(docker compose ps --quiet db)" ]; then # into a new volume, before any signup
+        write_secrets
+        docker compose up --detach --wait --no-deps db
+        set_passwords
+    fi
+    if [ "$(docker compose ps --quiet proxy)" ]; then # no signup may come in between
+        trap 'docker compose start proxy' EXIT
+        docker compose stop proxy
+    fi
+    table=$(psql "SELECT to_regclass('users')") || fail "the database can't be read: see above"
+    users=0
+    [ -z "$table" ] || users=$(psql 'SELECT count(*) FROM users')
+    [ "$users" = 0 ] || [ "${REPLACE:-}" ] || fail "a restore would delete the table's $users users: to do so, add REPLACE=yes"
     docker compose exec -T db pg_restore --username=postgres --dbname=signup --clean --if-exists \
         --single-transaction <"$FILE" || fail "pg_restore failed and has changed nothing: see above"
-    say "restored $(psql 'SELECT count(*) FROM users') users" ;;
+    say "restored $(psql 'SELECT count(*) FROM users') users"
+}
+
+[ "$1" = backup ] || {
+    exec 9<docker-compose.yml
+    flock --nonblock 9 || fail "another make compose-... is changing the stack: wait for its end"
+}
+[ "$1" != up ] || check_files
+prepare
+case $1 in
+up)
+    choose_https
+    up ;;
+update) replace ;;
+rollback)
+    TO=${TO:-$(setting SIGNUP_PREVIOUS_VERSION)}
+    [ "$TO" ] || fail "no version before this one is known: make compose-rollback TO=..., see docker image ls signup-server"
+    replace ;;
+build | backup | restore) "$1" ;;
 esac

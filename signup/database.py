@@ -22,15 +22,14 @@ def statements(file: str) -> dict[str, str]:
 
 
 SQL = statements("database.sql")
-SCHEMA = Path(__file__).with_name("schema.sql")
-TABLES = {"users": (SCHEMA, SQL["insert_user"])}
+TABLES = {"users": (Path(__file__).with_name("schema.sql"), SQL["insert_user"])}
 READY_WAIT, READY_TIMEOUT = 1.0, 1.9  # seconds behind signups, and in all, of a readiness check
 RACE_LOST = errors.DuplicateTable, errors.DuplicateObject, errors.UniqueViolation
-# Errors that may pass, in English (lc_messages): libpq tells no SQLSTATE of a failed connection.
-PASSING = re.compile(
-    r"\[Errno -|in time$|timed out|is unreachable|No route|Cannot assign|Connection re(fused|set)"
-    "|failed: No such file|closed the connection|EOF det| read-only|hot standby|database system is"
-    "|too many |slots are|no more connections|terminating connection|_wait_timeout|login_retry"
+PASSING = re.compile(  # causes that may pass; libpq tells only a text (English), no SQLSTATE
+    r"^(?!.*authentication failed).*(\[Errno -|in time$|timed out|unreachable|unavailable|No route"
+    "|Cannot assign|Connection re(fused|set)|failed: No such file|closed the connection|EOF det"
+    "| read-only|hot standby|database system is|shutting down|too many |slots are|more connections"
+    "|[Mm]ax client|conn crashed|terminating connection|_wait_timeout|login_retry)"
 )
 GRACE = 1.0  # seconds for the server to report that DATABASE_STATEMENT_TIMEOUT has expired
 

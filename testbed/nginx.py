@@ -4,6 +4,7 @@ import itertools
 import re
 import socket
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -14,6 +15,22 @@ from .programs import Program, find_program, free_port, listens
 from .service import Client, Samples, Service
 
 LOG_ALL = {'"" $sampled;': '"" 1;'}  # an edit: log each request, not 1 % of some
+
+
+def certify(folder: Path) -> str:
+    """Write a new self-signed certificate for 127.0.0.1, which HUP applies; return it.
+
+    Clients that trust `folder`/trusted.pem trust the earlier ones as well.
+    """
+    (folder / "tls").mkdir(parents=True, exist_ok=True)
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    command += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    command += " -keyout tls/privkey.pem -out tls/fullchain.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    certificate = (folder / "tls/fullchain.pem").read_text()
+    with (folder / "trusted.pem").open("a") as trusted:
+        trusted.write(certificate)
+    return certificate
 
 
 class FromAddress(HTTPAdapter):
@@ -64,20 +81,10 @@ class Nginx(Program, Client):
             (self.folder / name).write_text(text)
         self.folder.chmod(0o755)  # nginx' workers read acme/ as another user
         if self.entry == "https.conf":
-            self.certify()
+            certify(self.folder)
         # Debian's nginx opens its default log before it reads the configuration.
         options = ["-e", "stderr", "-g", "daemon off;"]
         return ["nginx", "-p", str(self.folder), "-c", str(self.folder / self.entry), *options]
-
-    def certify(self) -> None:
-        """Write a new self-signed certificate, which HUP applies, for 127.0.0.1."""
-        (self.folder / "tls").mkdir(exist_ok=True)
-        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
-        command += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-        command += " -keyout tls/privkey.pem -out tls/fullchain.pem"
-        subprocess.run(command.split(), cwd=self.folder, check=True, capture_output=True)
-        with (self.folder / "trusted.pem").open("a") as trusted:  # by signup
-            trusted.write((self.folder / "tls/fullchain.pem").read_text())
 
     def address(self) -> str | None:
         port = self.ports[8080]

@@ -67,10 +67,14 @@ def test_compose_up_checks_the_files_before_it_starts_anything(tmp_path: Path) -
     tls.mkdir(exist_ok=True)
     for key in ("fullchain.pem", "privkey.pem"):
         (tls / key).touch(0o600)
-    assert "can't read nginx/tls/fullchain.pem nginx/tls/privkey.pem: sudo chown" in compose_up()
+    assert "can't read nginx/tls/fullchain.pem: sudo chown 101:101" in compose_up()
     for key in ("fullchain.pem", "privkey.pem"):
         (tls / key).chmod(0o644)
     assert "others may read nginx/tls/privkey.pem" in compose_up()
+    (tls / "fullchain.pem").unlink()
+    assert "nginx/tls/fullchain.pem is no file" in compose_up()
+    tls.chmod(0o700)
+    assert "can't read nginx/tls: chmod go+rX nginx/tls" in compose_up()
     assert not (tmp_path / ".env").exists()
     shutil.rmtree(tls)
     assert "wrote" in compose_up()
@@ -121,6 +125,9 @@ def test_limits_and_timeouts_are_consistent() -> None:
         return int(value)
 
     config = Config.from_env({})
+    # These end the connections of a flood, see test_front_door.py.
+    assert seconds("client_header_timeout") == seconds("client_body_timeout") == 10
+    assert seconds("send_timeout") == 10 and seconds("lingering_time") <= 5
     assert f"client_max_body_size {config.max_body_bytes // 1024}k;" in NGINX
     assert f"client_body_buffer_size {config.max_body_bytes // 1024}k;" in NGINX
     longest = config.database_pool_timeout + config.database_statement_timeout + GRACE

@@ -13,7 +13,7 @@ import requests
 
 from testbed import wait_until
 from testbed.load import Signups
-from testbed.nginx import LOG_ALL, Nginx
+from testbed.nginx import LOG_ALL, Nginx, certify
 from testbed.service import Service, user
 
 pytestmark = pytest.mark.needs("nginx", "openssl")
@@ -98,6 +98,7 @@ def test_clients_have_their_own_limits_and_cannot_choose_their_address(service: 
         assert limited(nginx, "198.51.100.{}, 192.0.2.1, 127.0.0.2")  # two balancers in a row
         assert limited(nginx, "2001:db8::{}")  # one client has all addresses of a /64
         assert not limited(nginx, "2001:db8:1:{}::1")
+        assert not limited(nginx, "::ffff:192.0.2.{}")  # IPv4
         assert limited(nginx, "198.51.100.{}", address="127.0.0.3")  # not the balancer
 
 
@@ -123,16 +124,30 @@ def frame(kind: int, flags: int, payload: bytes, stream: int = 1) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, flags, 0, 0, 0, stream]) + payload
 
 
+H2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b"", stream=0)
+# HPACK: POST, https, then literal values of :path and :authority.
+H2_HEAD = b"\x83\x87\x04\x07/signup\x01\x01x"
+
+
+def test_signup_over_http_2(https: Nginx) -> None:
+    with tls(https) as client:
+        body = json.dumps(user("http2")).encode()
+        client.sendall(H2_START + frame(1, 4, H2_HEAD) + frame(0, 1, body))
+        received = b""
+        while b"}}" not in received:
+            received += client.recv(65536)
+    assert b"user created successfully" in received
+    assert b"\0\x03\0\0\0\x08" in received  # at most 8 requests at a time, as each holds memory
+
+
 def test_errors_end_pipelines_and_are_json_in_http_2(https: Nginx) -> None:
     with https.connect() as client, client.makefile("rb") as stream:
         client.sendall(PAGE * 100)
         assert stream.read().count(b"HTTP/1.1 404") == 1
-    start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b"", stream=0)
-    # HPACK: POST, https, then literal values of :path, :authority, content-length and x.
-    head = b"\x83\x87\x04\x07/signup\x01\x01x\x0f\x0d\x0520000"
+    head = H2_HEAD + b"\x0f\x0d\x0520000"  # content-length
     long = head + b"\0\x01x\x7f\xc1\xb7\x02" + b"x" * 40_000
     with tls(https) as client:
-        client.sendall(start + frame(1, 4, head) + frame(0, 0, b" " * 10_000) * 2)
+        client.sendall(H2_START + frame(1, 4, head) + frame(0, 0, b" " * 10_000) * 2)
         received = b""
         while b"}" not in received:
             received += client.recv(65536)
@@ -140,7 +155,7 @@ def test_errors_end_pipelines_and_are_json_in_http_2(https: Nginx) -> None:
     assert b'{"error": "request body too large"}' in received
     logged = https.log().count("\n")
     with tls(https) as client:
-        client.sendall(start + frame(1, 0, long[:16_000]))
+        client.sendall(H2_START + frame(1, 0, long[:16_000]))
         client.sendall(frame(9, 0, long[16_000:32_000]) + frame(9, 4, long[32_000:]))
         wait_until(lambda: https.log().count("\n") > logged)
     assert all(isinstance(json.loads(line)["status"], int) for line in https.log().splitlines())
@@ -174,7 +189,7 @@ def test_reload_with_a_new_certificate_loses_no_request(service: Service) -> Non
         nginx.url = f"https://127.0.0.1:{nginx.ports[8443]}"
         with Signups(nginx, 4) as load:
             wait_until(lambda: load.acknowledged)
-            nginx.certify()
+            certify(nginx.folder)
             nginx.send_signal(signal.SIGHUP)
             new = (nginx.folder / "tls/fullchain.pem").read_text()
             wait_until(lambda: ssl.get_server_certificate(address) == new)

@@ -10,12 +10,13 @@ from threading import Barrier
 import pytest
 
 from signup.config import Config
-from signup.database import SCHEMA, prepare_table
+from signup.database import PASSING, TABLES, prepare_table
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users, execute
 from testbed.faults import too_many_connections, wrong_password
 from testbed.service import USER, Service, refused_start, user
 
+SCHEMA, _ = TABLES["users"]
 COLUMNS = "first_name text, last_name text, created_at timestamptz, updated_at timestamptz"
 # Tables of others, or of older versions, and what the refusal names.
 FOREIGN = {
@@ -69,6 +70,39 @@ def test_start_waits_for_the_database_and_logs_each_cause_once() -> None:
         execute(server.url, f"ALTER ROLE {role(url)} RESET ALL")
         assert start.result().signup(json=USER).status_code == 201
         assert [service.log().count(cause) for cause in causes] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (True, "[Errno -2] Name or service not known"),
+        (True, "the database did not answer in time"),
+        (True, "timeout expired: Connection timed out"),
+        (True, "Network is unreachable"),
+        (True, "connection is bad: Resource temporarily unavailable"),
+        (True, "No route to host"),
+        (True, "Connection reset by peer"),
+        (True, "server closed the connection unexpectedly"),
+        (True, "SSL SYSCALL error: EOF detected"),
+        (True, "FATAL:  the database system is in recovery mode"),
+        (True, "session is not in hot standby mode"),
+        (True, "FATAL:  sorry, too many clients already"),
+        (True, "FATAL:  remaining connection slots are reserved for roles with SUPERUSER"),
+        (True, "FATAL:  no more connections allowed (max_client_conn)"),
+        (True, "FATAL:  pgbouncer is shutting down"),
+        (True, "FATAL:  server conn crashed?"),
+        (True, "FATAL:  (EMAXCONNSESSION) max clients reached in session mode"),
+        (True, "FATAL:  query_wait_timeout"),
+        (True, "FATAL:  server login has been failing, try again later (server_login_retry)"),
+        (False, "FATAL:  cached error: password authentication failed (server_login_retry)"),
+        (False, "FATAL:  no such database: other"),
+        (False, 'FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "signup"'),
+        (False, "server does not support SSL, but SSL was required"),
+    ],
+)
+def test_what_may_pass_is_waited_for(passes: bool, message: str) -> None:
+    """The texts of libpq, PostgreSQL, PgBouncer and Supavisor."""
+    assert bool(PASSING.search(f"OperationalError: 10.0.0.1 5432: {message}")) == passes
 
 
 def test_refused_login_or_parameter_ends_the_start(postgres: Postgres) -> None:
