@@ -45,6 +45,7 @@ PORTS = {
     "cadvisor": 8080,
     "db": 5432,
     "grafana": 3000,
+    "nginx-exporter": 9113,
     "prometheus": 9090,
     "proxy": 8080,
     "server": 3000,
@@ -117,8 +118,9 @@ class Stack(Client):
         states = {name: each["State"] for name, each in self.inspect().items()}
         role = states.pop("role-1")
         assert (role["Status"], role["ExitCode"]) == ("exited", 0), role
+        assert states.pop("nginx-exporter-1")["Running"]  # its image can't check itself
         assert all(s["Health"]["Status"] == "healthy" for s in states.values()), states
-        return len(states) + 1
+        return len(states) + 2
 
     def is_serving(self) -> bool:
         try:
@@ -235,9 +237,9 @@ def start(stack: Stack, own_engine: bool) -> None:
         assert len(set(passwords)) == 3 and not [each for each in passwords if each in shown]
         seen.append("three random passwords, `docker inspect` shows none")
         ask = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
-        for target in ("prometheus 9090", "alertmanager 9093", "cadvisor 8080", "grafana 3000"):
+        for name in ("prometheus", "alertmanager", "blackbox-exporter", "cadvisor", "grafana"):
             inside = ["docker", "compose", "exec", "-T", "server", "python", "-c", ask]
-            assert subprocess.run([*inside, *target.split()], capture_output=True).returncode
+            assert subprocess.run([*inside, name, str(PORTS[name])], capture_output=True).returncode
         seen.append("a replica reaches nothing of the monitoring")
 
 
@@ -308,7 +310,22 @@ def watched(stack: Stack) -> None:
         files = [yaml.safe_load(f.read_text()) for f in (ROOT / "prometheus/rules").iterdir()]
         assert loaded == sum(len(group["rules"]) for file in files for group in file["groups"])
         seen.append(f"{len(targets)} targets of {len(jobs)} jobs up, {loaded} rules without errors")
+        wait_until(lambda: stack.prometheus.query("sum(job:nginx_http_requests:rate5m)")[""] > 0)
         wait_until(lambda: "Watchdog" in stack.alerts(), timeout=120)  # resent each minute
+    with row("the runbook's commands, as written") as seen:
+        lines = [line for line in runbook_commands() if not line.startswith("kubectl ")]
+        for line in lines:
+            if line != "make compose-rollback":  # has a row of its own
+                shown = run("sh", "-euc", line)
+                assert "/probe?" not in line or "probe_success 1\n" in shown, (line, shown)
+        seen.append(f"{len(lines)} commands, each exits with 0")
+
+
+def runbook_commands() -> list[str]:
+    """Return each line of the blocks `sh` in docs/runbook.md."""
+    text = (ROOT / "docs/runbook.md").read_text()
+    blocks = re.findall("^```sh\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def follow(stack: Stack, replicas: int) -> str:
@@ -324,7 +341,8 @@ def follow(stack: Stack, replicas: int) -> str:
 
     wait_until(lambda: upstreams() == alive, pause=0.5)
     nginx = time.monotonic() - begin
-    count = "count(up{job='signup-server'} == 1)"
+    ready = "on (instance) probe_success{job='signup-ready'} == 1"
+    count = f"count(up{{job='signup-server'}} == 1 and {ready})"
     wait_until(lambda: stack.prometheus.query(count) == {"": replicas}, pause=0.5)
     return f"nginx updated after {nginx:.0f} s, Prometheus {time.monotonic() - begin:.0f} s"
 

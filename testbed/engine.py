@@ -33,6 +33,7 @@ STAND_INS = {
     "prom/prometheus": "prometheus",
     "prom/alertmanager": "alertmanager",
     "prom/blackbox-exporter": "blackbox",
+    "nginx/nginx-prometheus-exporter": "nginx-exporter",
 }  # any other image gets a placeholder
 # What pip in a stand-in needs from the host to reach a package index.
 HOST_FILES = [Path("/etc/pip.conf"), Path("/etc/ssl/certs/ca-certificates.crt")]

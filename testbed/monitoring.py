@@ -53,10 +53,12 @@ class MonitoringProgram(Program, MonitoringApi):
 class Alertmanager(MonitoringProgram):
     """Alertmanager with prometheus/alertmanager.yml."""
 
+    config = ROOT / "prometheus/alertmanager.yml"
+
     def command(self) -> list[str]:
         return [
             "prometheus-alertmanager",
-            f"--config.file={ROOT / 'prometheus/alertmanager.yml'}",
+            f"--config.file={self.config}",
             f"--storage.path={self.folder / 'data'}",
             "--web.listen-address=127.0.0.1:0",
             "--cluster.listen-address=",
@@ -105,8 +107,11 @@ class Prometheus(MonitoringProgram):
         self._prober = prober
 
     def command(self) -> list[str]:
+        stack = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        rules = [each for each in stack["prometheus"]["command"] if each.startswith("--rules.")]
         return [
             "prometheus",
+            *rules,
             f"--config.file={self._write_config()}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             "--web.listen-address=127.0.0.1:0",
@@ -133,8 +138,8 @@ class Prometheus(MonitoringProgram):
         path = self.folder / "prometheus.yml"
         text = yaml.safe_dump(config)
         if self._prober:
-            assert text.count("blackbox-exporter:9115") == 1
-            text = text.replace("blackbox-exporter:9115", self._prober.url.removeprefix("http://"))
+            assert text.count("blackbox-web:9115") == 2
+            text = text.replace("blackbox-web:9115", self._prober.url.removeprefix("http://"))
         path.write_text(text)
         return path
 

@@ -58,7 +58,7 @@ class Nginx(Program, Client):
         super().__init__()
         self.services = services
         self.entry = entry
-        self.ports = {port: free_port() for port in (8080, 8081, 8443)}
+        self.ports = {port: free_port() for port in (8080, 8081, 8082, 8443)}
         self._edits = edits or {}
         self._addresses = itertools.count(127 << 24 | 1 << 16)
 

@@ -19,19 +19,22 @@ ERRORS = {
     "validation": 60,
     "duplicate_email": 25,
     "invalid_json": 15,
-    "invalid_method": 10,
+    "invalid_method": 60,
     "database": 20,
 }
 FIELDS = {"email": 30, "first_name": 20, "last_name": 10}
-CODES = {"201": 200, "400": 75, "405": 10, "409": 25, "413": 0, "500": 20, "503": 0}
+CODES = {"201": 200, "400": 75, "405": 60, "409": 25, "413": 0, "500": 20, "503": 0}
 ALL = sum(CODES.values())
 SIGNUPS = ALL - CODES["405"]  # the requests in ratios and quantiles
+MISUSE = CODES["405"] - 0.15 * 300  # 405s of 5 minutes beyond those that a prober may cause
 WAITING = 5  # requests in flight at the end
-# Backfilled for ten minutes, an hour ago: requests per second of a replica, and the containers.
+# Backfilled for ten minutes, an hour ago: a replica's requests per second, proxy and containers.
 PAST = {"201": 2, "409": 0.5}
 HOUR_AGO = sum(PAST.values())
 TODAY = CODES["201"] + PAST["201"] * 600
 CONTAINERS = ("signup-server-1", "signup-server-2")
+PROXY = {"connections_active:ratio": 0.25, "connections_dropped:rate5m": 3}
+PROXY |= {"http_requests:rate5m": 7, "requests_not_signups:ratio_rate5m": 0.5}
 CPU, MEMORY, RECEIVED = 0.4, 60, 5000  # seconds per second, MiB, bytes per second
 
 
@@ -60,7 +63,7 @@ def watch(postgres: Postgres) -> Iterator[Watched]:
         service.wait_for(signup_worker_starts_total=4)
         prometheus.set_targets("signup-server", service.url)
         prometheus.set_targets(STAGING, service.url)  # no query may include this job
-        wait_until(lambda: len(prometheus.query("count_over_time(up[1m]) > 20")) == 2)
+        wait_until(lambda: len(prometheus.query("count_over_time(up[1m]) > 20 and up == 1")) == 2)
         idle = time()
         _send(service, postgres, url)
         sent = time()
@@ -112,6 +115,8 @@ def _past_samples(end: float) -> str:
         "counter container_network_receive_bytes": _of_containers("_total", RECEIVED),
         "counter container_network_transmit_bytes": _of_containers("_total", RECEIVED),
         "gauge container_memory_usage_bytes": _of_containers("", MEMORY * 2**20),
+    } | {
+        f"gauge job:nginx_{name}": {'{job="signup-server"}': value} for name, value in PROXY.items()
     }
     lines = []
     for family, series in families.items():

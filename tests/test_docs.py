@@ -7,7 +7,7 @@ import pytest
 
 from testbed import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
 
 
 def anchors(page: Path) -> set[str]:

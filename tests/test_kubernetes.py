@@ -1,12 +1,15 @@
 """The Kubernetes manifests: their schemas, and their consistency with the project."""
 
 import re
+import shlex
+import subprocess
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
+from drills.compose import runbook_commands
 from signup.config import Config
 from signup.database import READY_TIMEOUT
 from testbed import ROOT
@@ -24,7 +27,7 @@ CUSTOM = {"ServiceMonitor", "PrometheusRule", "Probe"}  # defined by the Prometh
 POD = OBJECTS["Deployment"]["spec"]["template"]
 (CONTAINER,) = POD["spec"]["containers"]
 SCRAPES = yaml.safe_load((ROOT / "prometheus/prometheus.yml").read_text())
-(JOB,) = (job for job in SCRAPES["scrape_configs"] if "dns_sd_configs" in job)
+JOBS = {job["job_name"]: job for job in SCRAPES["scrape_configs"]}
 
 
 def test_every_file_is_a_resource() -> None:
@@ -66,36 +69,42 @@ def test_selectors_match_the_pods() -> None:
 def test_ports_and_paths_match_the_service() -> None:
     assert CONTAINER["ports"] == [{"name": "http", "containerPort": Config.from_env({}).port}]
     (port,) = OBJECTS["Service"]["spec"]["ports"]
-    (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
+    endpoints = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
     (ingress,) = OBJECTS["NetworkPolicy"]["spec"]["ingress"]
     probes = ("startupProbe", "livenessProbe", "readinessProbe")
     paths = [CONTAINER[probe]["httpGet"]["path"] for probe in probes]
     assert paths == ["/healthz", "/healthz", "/readyz"]
     for name in (
         *(CONTAINER[probe]["httpGet"]["port"] for probe in probes),
-        *(port["targetPort"], port["name"], endpoint["port"], ingress["ports"][0]["port"]),
+        *(port["targetPort"], port["name"], ingress["ports"][0]["port"]),
+        *(endpoint["port"] for endpoint in endpoints),
     ):
         assert name == "http"
 
 
 def test_service_monitor_matches_prometheus_yml() -> None:
-    (endpoint,) = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
+    scrape, ready = OBJECTS["ServiceMonitor"]["spec"]["endpoints"]
     # Without a jobLabel, the label `job` is the name of the Service.
     assert "jobLabel" not in OBJECTS["ServiceMonitor"]["spec"]
-    assert OBJECTS["Service"]["metadata"]["name"] == JOB["job_name"]
-    assert endpoint["path"] == JOB.get("metrics_path", "/metrics")
-    assert endpoint["interval"] == SCRAPES["global"]["scrape_interval"]
+    assert OBJECTS["Service"]["metadata"]["name"] == "signup-server"
+    assert scrape["path"] == JOBS["signup-server"].get("metrics_path", "/metrics")
+    assert scrape["interval"] == ready["interval"] == SCRAPES["global"]["scrape_interval"]
+    job = JOBS["signup-ready"]
+    assert (ready["path"], ready["params"]) == (job["metrics_path"], job["params"])
+    labels = [each["targetLabel"] for each in ready["relabelings"]]
+    assert labels == [*(each["target_label"] for each in job["relabel_configs"]), "job"]
+    assert ready["relabelings"][-1]["replacement"] == job["job_name"]
 
 
 def test_probe_matches_prometheus_yml() -> None:
     probe = OBJECTS["Probe"]["spec"]
-    (job,) = (job for job in SCRAPES["scrape_configs"] if job["job_name"] == probe["jobName"])
+    job = JOBS[probe["jobName"]]
     paths = {
         config["labels"]["__param_module"]: config["targets"][0].rpartition("/")[2]
         for config in job["static_configs"]
     }
     modules = yaml.safe_load((ROOT / "prometheus/blackbox.yml").read_text())["modules"]
-    assert paths.keys() == modules.keys()
+    assert paths.keys() | {"ready"} == modules.keys()
     (address,) = probe["targets"]["staticConfig"]["static"]
     assert address.rpartition("/")[2] == paths[probe["module"]]
     assert probe["interval"] == SCRAPES["global"]["scrape_interval"]
@@ -107,6 +116,18 @@ def test_prometheus_rule_equals_the_rule_files() -> None:
     groups = [g for file in files for g in yaml.safe_load(file.read_text())["groups"]]
     assert OBJECTS["PrometheusRule"]["spec"] == {"groups": groups}
     assert (FOLDER / "prometheus-rule.yaml").read_text().count("{{ $value") > 10
+
+
+def test_runbook_commands_name_what_the_manifests_create() -> None:
+    lines = [line for line in runbook_commands() if line.startswith("kubectl ")]
+    assert len(lines) > 5
+    for line in lines:
+        assert subprocess.run(["sh", "-n", "-c", line]).returncode == 0
+        _, option, namespace, *_ = shlex.split(line)
+        assert option == "--namespace" and namespace in {KUSTOMIZATION["namespace"], "monitoring"}
+        if namespace != "monitoring":  # what is there is kube-prometheus'
+            names = re.findall(r"(?:deployment/|kubernetes.io/name=)(\S+)", line)
+            assert set(names) <= {OBJECTS["Deployment"]["metadata"]["name"]}
 
 
 def test_container_matches_the_dockerfile_and_settings() -> None:

@@ -160,7 +160,7 @@ def test_rate_limit_applies_per_client(own: Nginx, url: str) -> None:
     assert count_users(url) == passed + 1
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/openapi.json", "/stub_status"])
 def test_internal_endpoints_are_not_reachable(nginx: Nginx, path: str) -> None:
     name = path[1:]
     for target in (
