@@ -1,8 +1,11 @@
-PYTHON ?= python3
+export PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+RUN_READY := $(VENV)/.run-ready
+READY := $(VENV)/.dev-ready
 PEERS := .venv-peers
+# They make Python look elsewhere for modules, or leave out the tests' assertions.
+unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE
 # Three processes, as the tests mostly wait. tests/conftest.py groups the tests that must share one.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 QUICK := rooms validation config metrics http hostile openapi rules dashboards compose kubernetes
@@ -18,10 +21,10 @@ help: ## List the targets
 
 ##@ Service
 
-run: $(READY) ## Serve on http://localhost:3000, with an embedded PostgreSQL
+run: $(RUN_READY) ## Serve on http://localhost:3000, with an embedded PostgreSQL
 	@exec $(BIN)/python -m testbed.postgres $(BIN)/python $(BIN)/gunicorn app:app
 
-migrate: $(READY) ## Migrate an older table in DATABASE_URL, while its service runs; ARGS=--finish afterwards
+migrate: $(RUN_READY) ## Migrate an older table in DATABASE_URL, while its service runs; ARGS=--finish afterwards
 	@exec $(BIN)/python -m testbed.postgres $(BIN)/python -m signup.migrate $(ARGS)
 
 ##@ Tests
@@ -36,7 +39,7 @@ test-quick: $(READY) ## Run the unit tests, the HTTP contract and one end-to-end
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy app.py gunicorn.conf.py signup testbed drills benchmarks tests
+	$(BIN)/python -m mypy app.py gunicorn.conf.py signup testbed drills benchmarks tests
 
 # GOGC=400 runs fewer garbage collections and saves a fifth of the CPU time.
 check-rules: ## Check the configuration of Prometheus and Alertmanager, and test the rules
@@ -44,7 +47,7 @@ check-rules: ## Check the configuration of Prometheus and Alertmanager, and test
 		prometheus-blackbox-exporter:prometheus-blackbox-exporter; do \
 		command -v $${program%:*} >/dev/null || { \
 		echo "$${program%:*} is missing: apt-get install $${program#*:}" >&2; exit 1; }; done
-	promtool check config prometheus/prometheus.yml
+	promtool check config prometheus/prometheus.yml prometheus/example-static.yml
 	promtool check rules --lint=all --lint-fatal prometheus/rules/*.yml
 	printf '%s\n' prometheus/tests/*.yml | GOGC=400 xargs -n 1 -P "$$(nproc)" promtool test rules
 	amtool check-config prometheus/alertmanager.yml
@@ -81,7 +84,7 @@ load-test-stress: load-tests ## Locust: up to 1,000 users for 10 minutes; SECOND
 load-tests: $(READY)
 	@$(BIN)/python -c 'import requests, sys; requests.get(sys.argv[1], timeout=10)' $(HOST) 2>/dev/null || { \
 		echo "no response from $(HOST): start the service with make run, or set HOST=" >&2; exit 1; }
-	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/locust --locustfile benchmarks/locustfile.py --headless \
+	LOAD=$(LOAD) SECONDS=$(SECONDS) $(BIN)/python -m locust --locustfile benchmarks/locustfile.py --headless \
 		--host $(HOST) --stop-timeout 30 --html $(REPORT)
 
 bench: $(READY) $(PEERS)/bin/guide ## Compare the service with its peers; ROUNDS= and SECONDS= set the length
@@ -90,12 +93,7 @@ bench: $(READY) $(PEERS)/bin/guide ## Compare the service with its peers; ROUNDS
 limits: $(READY) $(PEERS)/bin/guide ## Measure 1 to 200 clients, scrapes, 200,000 signups, and other settings
 	$(BIN)/python -m benchmarks.limits
 
-$(PEERS)/.ready: benchmarks/peers/requirements.txt requirements.txt
-	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
-
-$(PEERS)/bin/guide: benchmarks/peers/guide.go $(PEERS)/.ready
+$(PEERS)/bin/guide: benchmarks/peers/guide.go | $(PEERS)/.ready
 	@GO111MODULE=off GOPATH=/usr/share/gocode go build -o $@ $< || echo "the Go peer is left out:" \
 		"apt-get install golang-go golang-github-lib-pq-dev golang-github-prometheus-client-golang-dev" >&2
 
@@ -153,11 +151,11 @@ compose-down: ## Stop the containers and keep the data
 clean: ## Remove the environments and caches, and keep the data
 	rm -rf $(VENV) $(PEERS) .engine .pytest_cache .mypy_cache .ruff_cache
 
-$(READY): requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is required: install it, or select it: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { \
-		echo "$(PYTHON) can't create virtual environments: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt || { \
-		echo "pip can't install requirements-dev.txt: it must reach a package index (see pip config, PIP_INDEX_URL)" >&2; exit 1; }
-	@touch $@
+# testbed/setup.sh looks at each start whether there is anything to do.
+$(VENV)/.%-ready: always
+	@testbed/setup.sh $*
+
+$(PEERS)/.ready: always
+	@testbed/setup.sh peers
+
+always:

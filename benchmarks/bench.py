@@ -6,6 +6,7 @@ runs all of them at once: the machine's speed, which varies, is then the same fo
 """
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,10 +29,8 @@ from signup.config import Config
 from signup.database import prepare_table
 from testbed import ROOT, wait_until
 from testbed.database import Postgres, count_users, execute
-from testbed.programs import free_port
+from testbed.programs import free_port, listens, missing
 from testbed.service import GUNICORN
-
-from .wrk import Run, spread, wrk
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 SECONDS = int(os.environ.get("SECONDS", "10"))  # per measurement
@@ -38,8 +38,41 @@ CLIENTS = 32
 PEERS = ROOT / "benchmarks/peers"
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 GUIDE = ROOT / ".venv-peers/bin/guide"  # only if Go is installed
-MEGABYTE = 2**20
 OURS = "this service"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The counts of wrk; times in seconds."""
+
+    created: int  # 201 responses
+    refused: int  # other responses
+    unanswered: int
+    seconds: float
+    p50: float
+    p99: float
+
+    @property
+    def rate(self) -> float:
+        return self.created / self.seconds
+
+
+def wrk(url: str, clients: int, seconds: int) -> Run:
+    """Sign up at `url` over `clients` keep-alive connections, each as fast as it can."""
+    if reason := missing("wrk"):
+        sys.exit(reason)
+    script = ROOT / "benchmarks/signups.lua"
+    options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=30s", f"--script={script}"]
+    command = ["wrk", *options, url, "--", f"wrk{time.monotonic_ns()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median with the minimum and maximum."""
+    spec = ".0f" if median(values) >= 100 else ".2f"
+    middle, low, high = (format(figure(values), spec) for figure in (median, min, max))
+    return f"{middle} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -50,18 +83,6 @@ class Contender:
     command: tuple[str, ...]
     cwd: Path = PEERS
     env: tuple[tuple[str, str], ...] = ()
-
-
-# The figures of a round, and how they are printed. The CPU is that of a signup, in all processes
-# of a service: alone, and while all contenders run. The memory is private.
-FIGURES = {
-    "signups/s": ".0f",
-    "p50 ms": ".1f",
-    "p99 ms": ".1f",
-    "CPU ms": ".2f",
-    "  all at once": ".2f",
-    "MB per worker": ".0f",
-}
 
 
 OWN = (*GUNICORN, "--bind=127.0.0.1:{port}")
@@ -87,11 +108,6 @@ CONTENDERS = (
 )
 
 
-def children(pid: int) -> list[int]:
-    """Return the live children of `pid`."""
-    return [child.pid for child in psutil.Process(pid).children()]
-
-
 def cpu(pid: int) -> float:
     """Return the CPU seconds of `pid` and its children, including reaped ones."""
     process = psutil.Process(pid)
@@ -102,10 +118,13 @@ def cpu(pid: int) -> float:
     return seconds
 
 
-def private_memory(pid: int) -> float:
-    """Return the bytes of memory that `pid` shares with no other process."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M)) * 1024
+def private_memory(pid: int) -> list[float]:
+    """Return the megabytes that each worker of `pid` shares with no other process, largest first.
+
+    Without children, `pid` is the worker.
+    """
+    main = psutil.Process(pid)
+    return sorted(p.memory_full_info().uss / 2**20 for p in main.children() or [main])[::-1]
 
 
 @contextlib.contextmanager
@@ -127,22 +146,16 @@ def running(contender: Contender, url: str) -> Iterator[tuple[str, int]]:
             stderr=subprocess.DEVNULL,
         )
         try:
+            wait_until(lambda: listens(port))
             address = f"http://127.0.0.1:{port}"
-            wait_until(lambda: is_serving(address))
+            assert requests.get(f"{address}/signup", timeout=30).status_code == 405
             yield address, process.pid
         finally:
             process.terminate()
             process.wait(timeout=40)
 
 
-def is_serving(address: str) -> bool:
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.get(f"{address}/signup", timeout=10).status_code == 405
-    return False
-
-
 def new_table(postgres: Postgres) -> str:
-    """Return the URL of a new database with an empty table `users`."""
     url = postgres.new_database()
     prepare_table(Config.from_env({"DATABASE_URL": url}))
     return url
@@ -163,14 +176,14 @@ def measured(
 
 
 def measure(contender: Contender, postgres: Postgres) -> dict[str, float]:
+    """Return the figures of a round: the CPU is of a signup, in all processes of a service."""
     url = new_table(postgres)
     with running(contender, url) as (address, pid):
         wrk(address, CLIENTS, 2)
         run, _, (used,) = measured(address, url, [pid], CLIENTS, SECONDS)
-        processes = children(pid) or [pid]  # no children: a single process
-        workers = sorted((private_memory(p) for p in processes), reverse=True)[:2]
-    memory = sum(workers) / len(workers) / MEGABYTE
+        workers = private_memory(pid)[:2]
     latencies = {"p50 ms": run.p50 * 1000, "p99 ms": run.p99 * 1000}
+    memory = sum(workers) / len(workers)
     return {"signups/s": run.rate, **latencies, "CPU ms": used * 1000, "MB per worker": memory}
 
 
@@ -218,59 +231,52 @@ def pgbench(postgres: Postgres) -> float:
     return float(rate)
 
 
+def machine() -> str:
+    """Describe what is measured: processor, kernel, versions, commit.
+
+    The interpreter's build decides more than most levers do.
+    """
+    model = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
+    packages = ("gunicorn", "gevent", "flask", "psycopg2-binary", "prometheus-client")
+    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
+    build = "BUILT WITHOUT OPTIMISATION (--enable-optimizations): take no figures from this"
+    if sys.base_prefix == "/usr" or "--enable-optimizations" in configured:
+        build = f"{platform.python_compiler()}, a distributor's or profile-guided build"
+    return f"""\
+{len(os.sched_getaffinity(0))} cores of {model[1] if model else "?"}, {platform.platform()}
+Python {platform.python_version()}, {build}
+{", ".join(f"{name} {metadata.version(name)}" for name in packages)}
+commit {commit or "unknown"}"""
+
+
+def report(rounds: dict[str, list[dict[str, float]]]) -> None:
+    """Print medians with minimum and maximum, and the ratio of the first contender to each."""
+    first, *_ = rounds.values()
+    for name, each in rounds.items():
+        print(name)
+        for figure in each[0]:
+            text = spread([one[figure] for one in each])
+            ratio = median(a[figure] / b[figure] for a, b in zip(first, each, strict=True))
+            print(f"  {figure:16} {text:26} x {ratio:.2f}")
+
+
 def main() -> None:
     results: dict[str, list[dict[str, float]]] = {each.name: [] for each in CONTENDERS}
     ceiling: list[float] = []
-    with Postgres() as postgres:
+    with Postgres(fsync=True) as postgres:
         for number in range(ROUNDS):
             print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
             for contender in CONTENDERS:
                 execute(postgres.url, "CHECKPOINT")
                 results[contender.name].append(measure(contender, postgres))
             for rounds, seconds in zip(results.values(), measure_at_once(postgres), strict=True):
-                rounds[-1]["  all at once"] = seconds * 1000
+                rounds[-1]["CPU ms at once"] = seconds * 1000
             ceiling.append(pgbench(postgres))
-    report(results, ceiling)
-
-
-def machine() -> str:
-    """Describe what is measured: processor, kernel, versions, commit."""
-    model = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
-    packages = ("gunicorn", "gevent", "flask", "psycopg2-binary", "prometheus-client")
-    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return "\n".join(
-        (
-            f"{len(os.sched_getaffinity(0))} cores"
-            f" of {model[1] if model else platform.machine()}, {platform.platform()}",
-            f"Python {platform.python_version()}, {build()}",
-            ", ".join(f"{name} {metadata.version(name)}" for name in packages),
-            f"commit {commit or 'unknown'}",
-        )
-    )
-
-
-def build() -> str:
-    """Describe the interpreter's build, which decides more than most levers do."""
-    configured = sysconfig.get_config_var("CONFIG_ARGS") or ""
-    if sys.base_prefix == "/usr" or "--enable-optimizations" in configured:
-        return f"{platform.python_compiler()}, a distributor's or profile-guided build"
-    return "BUILT WITHOUT OPTIMISATION (--enable-optimizations): take no figures from this"
-
-
-def report(results: dict[str, list[dict[str, float]]], ceiling: list[float]) -> None:
-    """Print medians with minimum and maximum, and the ratio of this service to each."""
-    print(machine())
-    print(f"{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
-    for name, rounds in results.items():
-        print(name)
-        for figure, spec in FIGURES.items():
-            text = spread([each[figure] for each in rounds], spec)
-            pairs = zip(results[OURS], rounds, strict=True)
-            ratio = median(ours[figure] / theirs[figure] for ours, theirs in pairs)
-            print(f"  {figure:13} {text:26} x {ratio:.2f}")
-    print("the same INSERT with pgbench, 25 clients")
-    print(f"  {'signups/s':13} {spread(ceiling, '.0f')}")
+    print(f"{machine()}\n{CLIENTS} clients, {ROUNDS} rounds of {SECONDS} s")
+    report(results)
+    print(f"the same INSERT with pgbench, 25 clients: {spread(ceiling)} signups/s")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,18 @@
 The cases take turns in each round, so that other load on the machine affects all of them.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from testbed import wait_until
 from testbed.database import Postgres, execute
 from testbed.load import scrape_time
-from testbed.service import Service
+from testbed.service import Client
 
-from .bench import machine, measured, new_table
-from .wrk import spread, wrk
+from .bench import CLIENTS, CONTENDERS, machine, measured, new_table, report, running, wrk
 
-ROUNDS = 5
-SECONDS = 4
-CLIENTS = 32  # saturates the machine; one client shows the effect of table size best
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+SECONDS = int(os.environ.get("SECONDS", "4"))
+CORES = os.sched_getaffinity(0)
 ROWS = (1_000, 100_000, 1_000_000)
 FILL = """
 INSERT INTO users (email, email_folded, first_name, last_name)
@@ -29,86 +23,50 @@ FROM generate_series(1, {}) AS n
 """
 
 
-@dataclass
-class Case:
-    """A database, and the measurements of each round on it: signups per second, and times."""
-
+class Case(NamedTuple):
     name: str
-    url: str
-    clients: int = CLIENTS
-    pin: Callable[[Service], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    rates: list[float] = field(default_factory=list)
-    milliseconds: dict[str, list[float]] = field(default_factory=dict)
-
-    def measure(self, postgres: Postgres) -> None:
-        with Service(DATABASE_URL=self.url, WEB_CONCURRENCY="2") as service:
-            wait_until(lambda: service.metrics().get_value("signup_workers") == 2)
-            with self.pin(service):
-                wrk(service.url, self.clients, 1)  # opens the connections of the pool
-                before, pids = service.quiet_metrics(), (service.process.pid, postgres.pids()[0])
-                run, signups, costs = measured(service.url, self.url, pids, self.clients, SECONDS)
-                now = service.quiet_metrics()
-                scrape = scrape_time(service, times=30)
-
-        def increase(name: str) -> float:
-            return now.total(name) - before.total(name)
-
-        assert increase("signup_requests_total") == signups
-        query = "database_query_duration_seconds"
-        insert = increase(f"{query}_sum") / increase(f"{query}_count")
-        self.rates.append(run.rate)
-        names = ("p50", "p99", "INSERT", "scrape", "service CPU", "database CPU")
-        for name, value in zip(names, (run.p50, run.p99, insert, scrape, *costs), strict=True):
-            self.milliseconds.setdefault(f"{name}, ms", []).append(value * 1000)
+    url: str  # of its database
+    clients: int = CLIENTS  # saturates the machine; one client shows the effect of table size best
+    cores: set[int] = CORES  # of the service; the load has the others, if there are any
 
 
-@contextlib.contextmanager
-def on_one_core(service: Service) -> Iterator[None]:
-    """Pin the service to one core, and the load to the other cores."""
-    cores = os.sched_getaffinity(0)
-    first = min(cores)
-
-    def pin(where: set[int]) -> None:
-        for pid in (service.process.pid, *service.worker_pids()):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), where)
-
-    pin({first})
-    os.sched_setaffinity(0, cores - {first})  # inherited by wrk
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
-        pin(cores)
-
-
-def measure(postgres: Postgres) -> list[Case]:
-    """Measure each case in turn, ROUNDS times; the last ones are tables of the sizes in ROWS."""
-    cases = [
-        Case("service on all cores", postgres.new_database()),
-        Case("service on one core", postgres.new_database(), pin=on_one_core),
-    ]
-    for number in ROWS:
-        url = new_table(postgres)
-        execute(url, FILL.format(number))
-        execute(url, "VACUUM ANALYZE users")
-        cases.append(Case(f"{number:,} rows", url, clients=1))
-    for _ in range(ROUNDS):
-        execute(postgres.url, "CHECKPOINT")
-        for case in cases:
-            case.measure(postgres)
-    return cases
+def measure(case: Case, postgres: Postgres) -> dict[str, float]:
+    """Return the signups per second, and times in milliseconds."""
+    service, query = Client(), "database_query_duration_seconds"
+    os.sched_setaffinity(0, case.cores)  # the service inherits it
+    with running(CONTENDERS[0], case.url) as (service.url, pid):
+        os.sched_setaffinity(0, CORES - case.cores or CORES)  # and wrk this
+        service.wait_for(signup_workers=2)
+        wrk(service.url, case.clients, 1)  # opens the connections of the pool
+        before = service.quiet_metrics()
+        pids = pid, postgres.pids()[0]
+        run, _, costs = measured(service.url, case.url, pids, case.clients, SECONDS)
+        now = service.quiet_metrics()
+        scrape = scrape_time(service, times=30)
+    total, count = (now.total(query + x) - before.total(query + x) for x in ("_sum", "_count"))
+    names = ("p50", "p99", "INSERT", "scrape", "service CPU", "database CPU")
+    seconds = (run.p50, run.p99, total / count, scrape, *costs)
+    times = {f"{n}, ms": value * 1000 for n, value in zip(names, seconds, strict=True)}
+    return {"signups/s": run.rate} | times
 
 
 def main() -> None:
-    with Postgres() as postgres:
-        cases = measure(postgres)
+    with Postgres(fsync=True) as postgres:
+        cases = [
+            Case(f"service on all cores, {CLIENTS} clients", new_table(postgres)),
+            Case(f"on one core, {CLIENTS} clients", new_table(postgres), cores={min(CORES)}),
+        ]
+        for number in ROWS:
+            cases.append(Case(f"{number:,} rows, 1 client", new_table(postgres), clients=1))
+            execute(cases[-1].url, FILL.format(number))
+            execute(cases[-1].url, "VACUUM ANALYZE users")
+        rounds: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
+        for _ in range(ROUNDS):
+            execute(postgres.url, "CHECKPOINT")
+            for case in cases:
+                rounds[case.name].append(measure(case, postgres))
     print(f"{machine()}\nmedian of {ROUNDS} x {SECONDS} s (minimum to maximum)")
-    for case in cases:
-        print(f"{case.name}, {case.clients} client{'s' * (case.clients > 1)}")
-        print("  signups/s        ", spread(case.rates, ".0f"))
-        for name, values in case.milliseconds.items():
-            print(f"  {name:17}", spread(values, ".2f"))
+    report(rounds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`make limits`: 1 to 200 clients, CPU by layer, scrapes, memory, and other worker counts.
 
-It draws docs/performance*.png, and prints the figures of the tables in docs/performance.md.
+It prints the figures of the tables in docs/performance.md.
 """
 
 import os
@@ -8,30 +8,24 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 
-import matplotlib.pyplot as plt
 import requests
 
-from testbed import ROOT, wait_until
+from testbed import wait_until
 from testbed.database import Postgres
 from testbed.load import Repeated
 
 from . import bench
-from .bench import CONTENDERS, Contender, new_table, running, settled_rows
-from .wrk import Run, spread, wrk
+from .bench import CONTENDERS, Contender, Run, new_table, running, settled_rows, spread, wrk
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 SECONDS = int(os.environ.get("SECONDS", "3"))
 SIGNUPS = int(os.environ.get("SIGNUPS", "200000"))
-PEERS = tuple(contender for contender in CONTENDERS if "without" not in contender.name)
 SERVICE = CONTENDERS[0]
 
 
-def sweep(
-    postgres: Postgres, contenders: dict[str, Contender], clients: Sequence[int]
-) -> dict[str, dict[int, list[Run]]]:
+def sweep(postgres: Postgres, contenders: dict[str, Contender], clients: Sequence[int]) -> None:
     """Measure and print throughput and p99 by contender and number of clients."""
     runs: dict[str, dict[int, list[Run]]] = {name: {} for name in contenders}
     for _ in range(ROUNDS):
@@ -45,43 +39,41 @@ def sweep(
     for name, by_clients in runs.items():
         print(name)
         for number, measured in by_clients.items():
-            rate = spread([run.rate for run in measured], ".0f")
-            p99 = spread([run.p99 * 1000 for run in measured], ".0f")
+            rate = spread([run.rate for run in measured])
+            p99 = spread([run.p99 * 1000 for run in measured])
             failed = sum(run.refused + run.unanswered for run in measured)
             print(f"  {number:3} clients  {rate:22} signups/s  p99 {p99:18} ms  failed {failed}")
-    return runs
 
 
 def curve(postgres: Postgres) -> None:
     """Throughput and p99 by number of clients; this service must respond with 201 only."""
-    runs = sweep(postgres, {peer.name: peer for peer in PEERS}, CLIENTS)
-    figure, (rates, latencies) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for by_clients in runs.values():
-        rates.plot(CLIENTS, [median(r.rate for r in by_clients[n]) for n in CLIENTS], "o-")
-        p99s = [median(r.p99 * 1000 for r in by_clients[n]) for n in CLIENTS]
-        latencies.plot(CLIENTS, p99s, "o-")
-    for axes, title in ((rates, "signups per second"), (latencies, "p99 in milliseconds")):
-        axes.set(title=title, xlabel="clients", xscale="log", xticks=CLIENTS, ylim=0)
-        axes.set_xticklabels(map(str, CLIENTS))
-        axes.grid(alpha=0.3)
-    rates.legend(runs)
-    figure.savefig(ROOT / "docs/performance.png", dpi=100)
+    peers = {peer.name: peer for peer in CONTENDERS if "without" not in peer.name}
+    sweep(postgres, peers, CLIENTS)
+
+
+def workers(postgres: Postgres) -> None:
+    sweep(postgres, {f"{n} workers": with_workers(n) for n in (1, 2, 3, 4)}, (32, 200))
+
+
+def with_workers(number: int) -> Contender:
+    return replace(SERVICE, env=(("WEB_CONCURRENCY", str(number)),))
 
 
 def layers(postgres: Postgres) -> None:
     """The CPU of a signup by layer, each the difference between two contenders."""
-    without = CONTENDERS[1]
     alone = replace(SERVICE, command=(*SERVICE.command[:-1], "benchmarks.peers.nothing:app"))
     costs: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         used: list[float] = []
-        for contender in (alone, without, SERVICE):
+        for contender in (alone, CONTENDERS[1], SERVICE):
             with running(contender, new_table(postgres)) as (address, pid):
                 wrk(address, 32, 2)
-                before = bench.cpu(pid), bench.cpu(postgres.pids()[0])
+                pids = pid, postgres.pids()[0]
+                before = [bench.cpu(pid) for pid in pids]
                 run = wrk(address, 32, SECONDS)
-                used.append((bench.cpu(pid) - before[0]) / run.created * 1000)
-                server = (bench.cpu(postgres.pids()[0]) - before[1]) / run.created * 1000
+                spent = [bench.cpu(pid) - start for pid, start in zip(pids, before, strict=True)]
+                service, server = (seconds / run.created * 1000 for seconds in spent)
+                used.append(service)
         for name, cost in (
             ("gunicorn, gevent", used[0]),
             ("Flask, validation, driver, log", used[1] - used[0]),
@@ -89,15 +81,8 @@ def layers(postgres: Postgres) -> None:
             ("PostgreSQL", server),
         ):
             costs.setdefault(name, []).append(cost)
-    figure, axes = plt.subplots(figsize=(11, 2.2), layout="constrained")
-    left = 0.0
     for name, measured in costs.items():
-        print(f"{name:36} {spread(measured, '.2f')} ms of CPU")
-        axes.barh("signup", median(measured), left=left, label=name)
-        left += max(0.0, median(measured))
-    axes.set(xlabel="milliseconds of CPU")
-    figure.legend(ncols=4, loc="outside upper center")
-    figure.savefig(ROOT / "docs/performance-layers.png", dpi=100)
+        print(f"{name:36} {spread(measured)} ms of CPU")
 
 
 def scrapes(postgres: Postgres) -> None:
@@ -111,10 +96,9 @@ def scrapes(postgres: Postgres) -> None:
         time.sleep(1)
 
     costs, with_scrapes, without = [], [], []
-    four = replace(SERVICE, env=(("WEB_CONCURRENCY", "4"),))
     for _ in range(ROUNDS):
-        with running(four, new_table(postgres)) as (address, pid):
-            wait_until(lambda: len(bench.children(pid)) == 4)
+        with running(with_workers(4), new_table(postgres)) as (address, pid):
+            wait_until(lambda: len(bench.private_memory(pid)) == 4)
             wrk(address, 32, 2)
             before = bench.cpu(pid)
             for _ in range(200):
@@ -125,9 +109,9 @@ def scrapes(postgres: Postgres) -> None:
             without.append(wrk(address, 32, 5).p99)
             with Repeated(scrape_slowly):
                 with_scrapes.append(wrk(address, 32, 5).p99)
-    print(f"scrape with 4 workers: {spread([c * 1000 for c in costs], '.1f')} ms of CPU")
-    print(f"p99 without scrapes: {spread([p * 1000 for p in without], '.1f')} ms")
-    print(f"p99 with one scrape per second: {spread([p * 1000 for p in with_scrapes], '.1f')} ms")
+    print(f"scrape with 4 workers: {spread([c * 1000 for c in costs])} ms of CPU")
+    print(f"p99 without scrapes: {spread([p * 1000 for p in without])} ms")
+    print(f"p99 with one scrape per second: {spread([p * 1000 for p in with_scrapes])} ms")
 
 
 def memory(postgres: Postgres) -> None:
@@ -139,23 +123,13 @@ def memory(postgres: Postgres) -> None:
             while rows < max(2000, SIGNUPS * part / 4):
                 wrk(address, 32, 2 if part == 0 else 10)
                 rows = settled_rows(url)
-            each = sorted(
-                bench.private_memory(worker) / bench.MEGABYTE for worker in bench.children(pid)
-            )
-            print(f"after {rows:7} signups: {', '.join(f'{m:.1f}' for m in each)} MB per worker")
-
-
-def defaults(postgres: Postgres) -> None:
-    """Throughput and p99 with 1 to 4 workers."""
-    cases = {
-        f"{n} workers": replace(SERVICE, env=(("WEB_CONCURRENCY", str(n)),)) for n in (1, 2, 3, 4)
-    }
-    sweep(postgres, cases, (32, 200))
+            each = ", ".join(f"{size:.1f}" for size in bench.private_memory(pid))
+            print(f"after {rows:7} signups: {each} MB per worker")
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (curve, layers, scrapes, memory, defaults)}
+    parts = {part.__name__: part for part in (curve, layers, scrapes, memory, workers)}
     print(bench.machine())
-    with Postgres() as server:
+    with Postgres(fsync=True) as server:
         for name in sys.argv[1:] or parts:
             parts[name](server)

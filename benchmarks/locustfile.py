@@ -9,8 +9,8 @@ import itertools
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import requests
 from locust import FastHttpUser, LoadTestShape, between, events, task
@@ -19,8 +19,7 @@ from locust.env import Environment
 from testbed.service import USER, Client
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """User counts, one after another over `seconds` in total, and the thresholds."""
 
     users: tuple[int, ...]
@@ -40,7 +39,7 @@ RUN = f"load{time.time_ns()}"  # makes the emails unique to the run
 
 numbers = itertools.count()
 answers: Counter[str] = Counter()  # by status
-before: dict[str, float] | None = None  # the server's counters, if they can be read
+before: Counter[str] = Counter()  # the server's, at the start
 
 
 class Visitor(FastHttpUser):
@@ -97,22 +96,20 @@ class Steps(LoadTestShape):
         return PLAN.users[step], max(5.0, PLAN.users[step] / 5)
 
 
-def server_counts(host: str | None) -> dict[str, float] | None:
-    """Return the server's counters by status, or None if `host` does not expose /metrics."""
-    server = Client()
+def server_counts(host: str | None) -> Counter[str]:
+    """Return the server's counters by status; none if `host` does not expose /metrics."""
+    server, counts = Client(), Counter[str]()
     server.url = str(host)
-    try:
-        samples = server.metrics()
-    except requests.HTTPError:
-        return None
-    counts = {labels: n for (name, labels), n in samples.items() if name == "signup_requests_total"}
-    return {dict(labels)["status_code"]: n for labels, n in counts.items()}
+    with suppress(requests.HTTPError):
+        for (name, labels), count in server.metrics().items():
+            if name == "signup_requests_total":
+                counts[dict(labels)["status_code"]] = int(count)
+    return counts
 
 
 @events.test_start.add_listener
 def start(environment: Environment, **_: Any) -> None:
-    global before
-    before = server_counts(environment.host)
+    before.update(server_counts(environment.host))
 
 
 @events.quitting.add_listener
@@ -120,26 +117,24 @@ def judge(environment: Environment, **_: Any) -> None:
     """Print whether the thresholds are met and the counters agree; set the exit status."""
     total = environment.stats.total
     p95 = total.get_response_time_percentile(0.95) / 1000
+    failed = f"{total.fail_ratio:.2%} of {total.num_requests} requests failed"
     verdicts = [
         (p95 < PLAN.p95, f"p95 {p95:.3f} s, must be below {PLAN.p95:g} s"),
         (
             total.num_requests > 0 and total.fail_ratio < PLAN.failures,
-            f"{total.fail_ratio:.2%} of {total.num_requests} requests failed, "
-            f"must be below {PLAN.failures:.0%}",
+            f"{failed}, must be below {PLAN.failures:.0%}",
         ),
     ]
-    after = server_counts(environment.host)
-    if before is None or after is None:
-        print("the server's counters are not exposed at this HOST: not compared")
-    else:
+    if after := server_counts(environment.host):
+        after.subtract(before)
+        counted = ", ".join(f"{n} x {code}" for code, n in after.items() if n)
+        differ = sum(abs(n - answers[code]) for code, n in after.items())
         # The server may have counted a request that got no response.
         unanswered = total.num_requests - answers.total()
-        increase = {code: int(after[code] - before[code]) for code in after}
-        differ = sum(abs(increase[code] - answers[code]) for code in increase)
-        counted = ", ".join(f"{n} x {code}" for code, n in increase.items() if n)
-        verdicts.append(
-            (differ <= unanswered, f"the server counted {counted}; Locust differs by {differ}")
-        )
+        text = f"the server counted {counted}; Locust differs by {differ}"
+        verdicts.append((differ <= unanswered, text))
+    else:
+        print("the server's counters are not exposed at this HOST: not compared")
     for holds, text in verdicts:
         print("ok    " if holds else "FAILED", text)
     if not all(holds for holds, _ in verdicts):

@@ -1,6 +1,6 @@
 """`make failover-drill`: a primary fails over to its standby under load, in four ways.
 
-Each of the two servers of testbed/cluster.py is behind a relay, which is its address. The relay
+Each of the two servers is behind a relay, which is its address. The relay
 counts the service's open connections to the server, whatever state the server is in.
 """
 
@@ -8,16 +8,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from signup.pool import PING_AFTER
 from testbed import wait_until
-from testbed.cluster import Cluster, ask
-from testbed.database import locked_table, stored_emails
+from testbed.database import Cluster, ask, locked_table, stored_emails
 from testbed.load import Signups
-from testbed.relay import Relay
+from testbed.network import Relay, address
 from testbed.service import Service
 
 CLIENTS, WORKERS = 8, 2
@@ -29,46 +28,29 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass
-class Report:
-    """What one failover did to the clients.
+def report(
+    cluster: Cluster, url: str, load: Signups, taken_over: float, stale: int
+) -> dict[str, float]:
+    """Return what a failover did to the clients; docs/reliability.md explains the figures.
 
-    `recovery` is the time from when the new primary can be reached and written to the first 201,
-    in seconds. `failed_later` counts the failed requests that were sent after that 201, and `stale`
-    the connections that the service still has to the former primary.
+    `taken_over` is when the new primary could be reached and written.
     """
-
-    scenario: str
-    acknowledged: int
-    present: int
-    failed: int
-    recovery: float
-    failed_later: int
-    stale: int
-
-
-def summary(
-    load: Signups, scenario: str, stored: set[str], taken_over: float, stale: int
-) -> Report:
     assert not load.unanswered
+    name = urlsplit(url).path
+    stored = stored_emails(cluster.primary.url.replace("/postgres?", f"{name}?"))
     first = min(a.done for a in load.answers if a.status == 201 and a.done > taken_over)
     failed = [answer for answer in load.answers if answer.status != 201]
-    present = stored.intersection(load.acknowledged)
-    later = sum(answer.sent > first for answer in failed)
-    counts = len(load.acknowledged), len(present), len(failed)
-    return Report(scenario, *counts, first - taken_over, later, stale)
+    return {
+        "acknowledged": len(load.acknowledged),
+        "present": len(stored.intersection(load.acknowledged)),
+        "failed": len(failed),
+        "first 201": first - taken_over,
+        "failed later": sum(answer.sent > first for answer in failed),
+        "stale": stale,
+    }
 
 
-def address(url: str, *relays: Relay) -> str:
-    """Return the URL of the same database through `relays`."""
-    parts = urlsplit(url)
-    login = f"{parts.username}:{parts.password}"
-    hosts = ",".join(f"127.0.0.1:{relay.port}" for relay in relays)
-    attributes = "?target_session_attrs=read-write" if len(relays) > 1 else ""
-    return f"postgresql://{login}@{hosts}{parts.path}{attributes}"
-
-
-def switch_over(cluster: Cluster) -> Report:
+def switch_over(cluster: Cluster) -> dict[str, float]:
     """Planned: the primary becomes read-only, its address moves, and it rejoins as a standby."""
     old, url = cluster.primary, cluster.primary.new_database()
     with Relay(old) as relay, _service(address(url, relay)) as service:
@@ -87,21 +69,14 @@ def switch_over(cluster: Cluster) -> Report:
             old.stop()
             cluster.rejoin()
             load.await_answers(100)
-        name = "switch-over, the address moves"
-        return summary(load, name, _stored(cluster, url), taken_over, stale)
+        return report(cluster, url, load, taken_over, stale)
 
 
-def killed(cluster: Cluster) -> Report:
-    """The primary, the first of two hosts, is killed by SIGKILL."""
-    return _failover(cluster, "primary killed, two hosts", signal.SIGKILL)
+def fail_over(cluster: Cluster, number: int) -> dict[str, float]:
+    """The primary, the first of two hosts, gets the signal `number`.
 
-
-def paused(cluster: Cluster) -> Report:
-    """The primary, the first of two hosts, is paused: it accepts and never responds."""
-    return _failover(cluster, "primary paused, two hosts", signal.SIGSTOP)
-
-
-def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
+    While it is paused, it accepts and never responds; a new service skips it too.
+    """
     old, url = cluster.primary, cluster.primary.new_database()
     with Relay(old) as first, Relay(cluster.standby) as second:
         hosts = address(url, first, second)
@@ -113,30 +88,33 @@ def _failover(cluster: Cluster, scenario: str, number: int) -> Report:
             taken_over = time.monotonic()
             load.await_answers(100)
             stale = _stale(service, lambda: first.connections(old))
-        if number == signal.SIGSTOP:  # a new service skips the paused host too
-            with _service(hosts) as service:
-                assert service.get("/readyz").status_code == 200
-        return summary(load, scenario, _stored(cluster, url), taken_over, stale)
+        with _service(hosts) as service:
+            wait_until(lambda: service.get("/readyz").status_code == 200)
+        return report(cluster, url, load, taken_over, stale)
 
 
-def silent(cluster: Cluster) -> Report:
+def silent(cluster: Cluster) -> dict[str, float]:
     """A NAT or load balancer drops idle connections without notice to either side."""
     primary, url = cluster.primary, cluster.primary.new_database()
     with Relay(primary) as relay, _service(address(url, relay)) as service:
         with Signups(service, 2 * CLIENTS, valid=True), locked_table(primary.admin_url(url)):
             wait_until(lambda: relay.connections(primary) > CLIENTS)
-        opened, idle_since = relay.connections(primary), time.monotonic()
+        idle_since = time.monotonic()
         relay.go_silent()
         wait_until(lambda: time.monotonic() > idle_since + PING_AFTER)
         asked = time.monotonic()
         with Signups(service, CLIENTS, valid=True) as load:
             load.await_answers(100)
             stale = _stale(service, relay.silent_connections)
-        name = f"{opened} idle connections gone silent"
-        return summary(load, name, _stored(cluster, url), asked, stale)
+        return report(cluster, url, load, asked, stale)
 
 
-SCENARIOS = (silent, switch_over, killed, paused)
+SCENARIOS: dict[str, Callable[[Cluster], dict[str, float]]] = {
+    "idle connections gone silent": silent,
+    "switch-over, the address moves": switch_over,
+    "primary killed, two hosts": partial(fail_over, number=signal.SIGKILL),
+    "primary paused, two hosts": partial(fail_over, number=signal.SIGSTOP),
+}
 
 
 @contextmanager
@@ -154,19 +132,14 @@ def _stale(service: Service, count: Callable[[], int]) -> int:
     return count()
 
 
-def _stored(cluster: Cluster, url: str) -> set[str]:
-    name = urlsplit(url).path
-    return stored_emails(cluster.primary.url.replace("/postgres?", f"{name}?"))
-
-
 def main() -> None:
-    """Print a row for each scenario."""
     with Cluster() as cluster:
-        print(f"{'':32}", *(f"{figure.name:>12}" for figure in fields(Report)[1:]))
-        for scenario in SCENARIOS:
+        for name, scenario in SCENARIOS.items():
             cluster.rejoin()
-            name, *figures = vars(scenario(cluster)).values()
-            print(f"{name:32}", *(f"{figure:12.4g}" for figure in figures), flush=True)
+            figures = scenario(cluster)
+            if scenario is silent:
+                print(f"{'':30}", *(f"{figure:>12}" for figure in figures))
+            print(f"{name:30}", *(f"{value:12.4g}" for value in figures.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg2
 import requests
 
-from testbed import ROOT, wait_until
+from testbed import ROOT
 from testbed.database import Postgres, count_users, execute, session
-from testbed.load import Background
-from testbed.service import Service, user
+from testbed.load import Signups
+from testbed.service import Client, Service, user
 
 GUIDE_TABLE = """
 CREATE TABLE users (
@@ -41,35 +39,16 @@ PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 WAITING, PROGRESS, INDEX = "another transaction", "rows read", "building the unique index"
 
 
-@dataclass
-class Report:
-    """What the migration did to the signups of the older service; times in seconds."""
+class OlderService(Signups):
+    """Clients of an older service: each sends the guide's INSERT, over a new connection."""
 
-    signups: int
-    failed: int
-    slowest: float
-    seconds: float  # all runs together
-    memory: int  # megabytes, the most of any run
-    wrong: int  # rows without the email_folded that a signup finds
-    lost: int  # acknowledged signups that are not in the table
+    def __init__(self, url: str) -> None:
+        super().__init__(Client(), clients=4, name="Old", valid=True)
+        self._url = url
 
-
-class OlderService(Background):
-    """Clients of an older service: each has a connection and sends the guide's INSERT."""
-
-    def __init__(self, url: str, connections: contextlib.ExitStack, clients: int = 4) -> None:
-        super().__init__(clients)
-        self._cursors = [connections.enter_context(session(url)) for _ in range(clients)]
-        self.done, self.failed, self.slowest = 0, 0, 0.0
-
-    def step(self, _: requests.Session, number: int, turn: int) -> None:
-        started = time.perf_counter()
-        try:
-            self._cursors[number].execute(INSERT.format(f"Old-{number}-{turn}@Example.com"))
-            self.done += 1
-        except psycopg2.Error:
-            self.failed += 1
-        self.slowest = max(self.slowest, time.perf_counter() - started)
+    def send(self, email: str, session: requests.Session | None) -> int:
+        execute(self._url, INSERT.format(email))
+        return 201
 
 
 def run(url: str, *options: str, kill_at: str = "") -> tuple[int, int, str]:
@@ -98,13 +77,20 @@ def run(url: str, *options: str, kill_at: str = "") -> tuple[int, int, str]:
     return process.returncode, max(memory), output
 
 
-def drill(postgres: Postgres, rows: int, kills: Iterable[str] = (PROGRESS, INDEX)) -> Report:
-    """Migrate a table of `rows` rows under load, killed once at each line in `kills`."""
+def drill(
+    postgres: Postgres, rows: int, kills: Iterable[str] = (PROGRESS, INDEX)
+) -> dict[str, float]:
+    """Migrate a table of `rows` rows under load, killed once at each line in `kills`.
+
+    Returns what it did to the signups of the older service, the seconds of all runs together, the
+    most megabytes of any run, the number of rows without the email_folded that a signup finds, and
+    that of acknowledged signups that are not in the table.
+    """
     url = postgres.new_database()
     execute(url, GUIDE_TABLE)
     execute(url, FILL.format(rows))
-    with contextlib.ExitStack() as connections, OlderService(url, connections) as load:
-        wait_until(lambda: load.done > 100)
+    with OlderService(url) as load:
+        load.await_answers(100)
         started = time.monotonic()
         with session(url) as backup:
             backup.execute("BEGIN; SELECT FROM users LIMIT 1")
@@ -113,25 +99,31 @@ def drill(postgres: Postgres, rows: int, kills: Iterable[str] = (PROGRESS, INDEX
         assert all(status == -signal.SIGKILL for status, *_ in runs), runs
         runs.append(run(url))
         seconds = time.monotonic() - started
-        after = load.done + 100
-        wait_until(lambda: load.done > after)
+        load.await_answers(100)
     runs.append(run(url, "--finish"))
     assert [status for status, *_ in runs[-2:]] == [0, 0], runs
-    lost = rows + load.done - count_users(url)
+    stored = count_users(url)
     wrong = "SELECT count(*) FROM users WHERE email_folded IS DISTINCT FROM lower(email)"
     ((found,),) = execute(url, wrong)
     with Service(DATABASE_URL=url, WEB_CONCURRENCY="2") as service:
-        for name, status in ((f"uSER{rows}", 409), ("OLD-0-0", 409), ("new", 201)):
+        for name, status in ((f"uSER{rows}", 409), ("old-0-0", 409), ("new", 201)):
             assert service.signup(json=user(name)).status_code == status
-    memory = max(megabytes for _, megabytes, _ in runs)
-    return Report(load.done, load.failed, load.slowest, seconds, memory, found, lost)
+    return {
+        "signups": len(load.acknowledged),
+        "failed": load.unanswered.total(),
+        "slowest": load.slowest,
+        "seconds": seconds,
+        "memory": max(megabytes for _, megabytes, _ in runs),
+        "wrong": found,
+        "lost": rows + len(load.acknowledged) - stored,
+    }
 
 
 def main() -> None:
     """Print what a migration of a million rows, or of as many as given, did to signups."""
     rows = int((*sys.argv, "1000000")[1])
-    with Postgres() as postgres:
-        for name, value in vars(drill(postgres, rows)).items():
+    with Postgres(fsync=True) as postgres:
+        for name, value in drill(postgres, rows).items():
             print(f"{name:8} {value:8.6g}")
 
 

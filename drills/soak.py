@@ -20,8 +20,6 @@ from testbed.service import Service
 WORKERS = 3
 CLIENTS = 8
 SCRAPERS = 2
-
-
 Report = dict[str, float]  # the figures of a soak; scrape times in seconds
 
 
@@ -39,8 +37,7 @@ def soak(service: Service, url: str, replacements: int, may_fail: bool = False) 
     service.reload()  # so that the baseline includes the extra slots of a reload
     wait_for_workers(service)
     files, duration = _count_files(service), scrape_time(service, times=replacements)
-    start = service.boots()
-    kills = 0
+    start, kills = service.boots(), 0
     load = Hits(service, CLIENTS) if isinstance(service, Foreign) else Signups(service, CLIENTS)
     with load, Scraper(service, SCRAPERS) as scraper:
         while service.boots() - start < replacements:
@@ -78,16 +75,15 @@ def soak(service: Service, url: str, replacements: int, may_fail: bool = False) 
 
 def _check(service: Service, url: str, unanswered: int) -> None:
     now = service.quiet_metrics()
-    counted = {s: now.total("signup_requests_total", status_code=str(s)) for s in service.answers}
     for status, answers in service.answers.items():
-        assert answers <= counted[status] <= answers + unanswered
-    total = now.total("signup_requests_total")
-    responses = service.answers.total()
+        counted = now.total("signup_requests_total", status_code=str(status))
+        assert answers <= counted <= answers + unanswered
+    total, responses = now.total("signup_requests_total"), service.answers.total()
     assert responses <= total <= responses + unanswered
     # A kill may come after the duration is counted and before the request is.
     assert total <= now.total("signup_request_duration_seconds_count") <= total + unanswered
-    rows = count_users(url)
-    assert counted[201] <= rows <= counted[201] + unanswered
+    created = now.total("signup_requests_total", status_code="201")
+    assert created <= count_users(url) <= created + unanswered
 
 
 def wait_for_workers(service: Service) -> None:
@@ -104,9 +100,8 @@ def _count_files(service: Service) -> int:
 
 
 def main(replacements: int) -> None:
-    """Print the results side by side."""
     options = ("-kgevent", "--max-requests=300", f"--workers={WORKERS}")
-    with Postgres() as postgres:
+    with Postgres(fsync=True) as postgres:
         url = postgres.new_database()
         with Service(*options, DATABASE_URL=url) as service:
             reports = {"signup": soak(service, url, replacements)}

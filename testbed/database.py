@@ -1,4 +1,4 @@
-"""A PostgreSQL server that a test may fill, stop and break, and queries on it."""
+"""PostgreSQL servers that a test may fill, stop and break, and queries on them."""
 
 import contextlib
 import os
@@ -19,24 +19,33 @@ from . import wait_until
 from .postgres import EmbeddedPostgres
 from .programs import is_alive
 
+SYNC_STATE = "SELECT sync_state FROM pg_stat_replication"
 BUILTIN_LOCALE = "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8'"
 
 
 class Postgres:
-    """An embedded PostgreSQL for a `with` block; with the URL of a `primary`, its standby."""
+    """An embedded PostgreSQL for a `with` block; with the URL of a `primary`, its standby.
 
-    def __init__(self, primary: str = "") -> None:
-        self._primary = primary
+    Without `fsync`, which takes most of a commit's time, data survives any kill, but no power cut.
+    """
+
+    def __init__(self, primary: str = "", fsync: bool = False) -> None:
+        self._primary, self._fsync = primary, fsync
 
     def __enter__(self) -> Self:
         self._folder = tempfile.mkdtemp(prefix="signup-test-", dir="/tmp")
         Path(self._folder).chmod(0o755)  # started by root, PostgreSQL runs as another user
         self.server = EmbeddedPostgres(Path(self._folder), self._primary)
         self.url = self.server.start()
+        if not (self._fsync or self._primary):
+            execute(self.url, "ALTER SYSTEM SET fsync = off")
+            execute(self.url, "SELECT pg_reload_conf()")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.signal(signal.SIGCONT)
+        if self.server.is_running():
+            self.stop("immediate")  # nobody reads the data any more
         self.server.stop()
         shutil.rmtree(self._folder)
 
@@ -80,7 +89,6 @@ class Postgres:
         return []
 
     def signal(self, number: int) -> None:
-        """Send a signal to every process of the server."""
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -102,6 +110,53 @@ class Postgres:
         assert self.server.start() == self.url
 
 
+class Cluster:
+    """Two servers for a `with` block; `promote` swaps `primary` and `standby`.
+
+    A commit waits for the standby, except on a primary that has none yet, as under Patroni.
+    """
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.primary = stack.enter_context(Postgres())
+            ask(self.primary, "ALTER SYSTEM SET wal_keep_size = '1GB'")  # for pg_rewind
+            ask(self.primary, "SELECT pg_reload_conf()")
+            self.standby = stack.enter_context(Postgres(self.primary.url))
+            self._replicate()
+            self._servers = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self.primary, self.standby):
+            server.signal(signal.SIGKILL)  # a clean shutdown would wait for the other server
+            wait_until(lambda: not server.server.is_running())
+        self._servers.close()
+
+    def promote(self) -> None:
+        """Promote the standby; return as soon as it accepts writes."""
+        new = self.standby
+        new.server.run("pg_ctl", "-D", new.server.data, "-W", "promote")
+        wait_until(lambda: ask(new, "SELECT pg_is_in_recovery()") == [(False,)], pause=0.01)
+        self.primary, self.standby = new, self.primary
+
+    def rejoin(self) -> None:
+        """Rewind the former primary and attach it as a standby, unless it already is one."""
+        if ask(self.primary, SYNC_STATE) == [("sync",)]:
+            return
+        self.standby.kill()
+        old = self.standby.server
+        old.run("pg_rewind", "-D", old.data, "--source-server", self.primary.url, "-R")
+        self.standby.restart()
+        self._replicate()
+
+    def _replicate(self) -> None:
+        set_up = "ALTER SYSTEM SET synchronous_standby_names = '{}'"
+        for server, names in ((self.standby, ""), (self.primary, "*")):
+            ask(server, set_up.format(names))
+            ask(server, "SELECT pg_reload_conf()")
+        wait_until(lambda: ask(self.primary, SYNC_STATE) == [("sync",)])
+
+
 @contextlib.contextmanager
 def session(url: str) -> Iterator[Any]:
     """Yield a cursor on a new connection in autocommit mode."""
@@ -117,6 +172,11 @@ def execute(url: str, sql: str) -> list[tuple[Any, ...]]:
     with session(url) as cursor:
         cursor.execute(sql)
         return cursor.fetchall() if cursor.description else []
+
+
+def ask(server: Postgres, sql: str) -> list[tuple[Any, ...]]:
+    """Run `sql` on `server`, whether it is a primary or a standby."""
+    return execute(f"{server.url}&target_session_attrs=any", sql)
 
 
 @contextlib.contextmanager
@@ -142,5 +202,4 @@ def count_users(url: str) -> int:
 
 
 def stored_emails(url: str) -> set[str]:
-    """Return the emails of all users."""
     return {email for (email,) in execute(url, "SELECT email FROM users")}

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from urllib.parse import urlsplit
 
 from .database import Postgres, execute, locked_table
@@ -54,13 +55,11 @@ def _role_with(postgres: Postgres, url: str, change: str, back: str) -> Iterator
         end_connections(postgres, url)
 
 
-def too_many_connections(postgres: Postgres, url: str) -> contextlib.AbstractContextManager[None]:
-    return _role_with(postgres, url, "CONNECTION LIMIT 0", "CONNECTION LIMIT -1")
-
-
-def read_only(postgres: Postgres, url: str) -> contextlib.AbstractContextManager[None]:
-    setting = "default_transaction_read_only"
-    return _role_with(postgres, url, f"SET {setting} = on", f"RESET {setting}")
+SETTING = "default_transaction_read_only"
+read_only: Fault = partial(_role_with, change=f"SET {SETTING} = on", back=f"RESET {SETTING}")
+too_many_connections: Fault = partial(
+    _role_with, change="CONNECTION LIMIT 0", back="CONNECTION LIMIT -1"
+)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import NamedTuple, Self
 
+import psycopg2
 import requests
 
 from . import wait_until
@@ -75,7 +76,7 @@ class Signups(Background):
         super().__init__(clients)
         self._service, self._valid = service, valid
         self._name = name or f"{time.monotonic_ns()}"
-        self._answers: list[Answer] = []
+        self.answers: list[Answer] = []  # what the clients got so far
 
     def step(self, session: requests.Session, number: int, turn: int) -> None:
         kind = 0 if self._valid else turn % 10
@@ -84,23 +85,22 @@ class Signups(Background):
             self._stop.wait(0.05)  # back off after a failure
 
     def sign_up(self, email: str, session: requests.Session | None = None) -> Answer:
-        """Send a signup, by default over a new connection; any response must be JSON."""
+        """Send a signup, by default over a new connection."""
         sent = time.monotonic()
         status: int | str
         try:
-            response = self._service.signup(session=session, json=USER | {"email": email})
-            assert response.headers["Content-Type"] == "application/json", response.text
-            response.json()
-            status = response.status_code
-        except requests.RequestException as error:
+            status = self.send(email, session)
+        except (requests.RequestException, psycopg2.Error) as error:
             status = repr(error)
-        self._answers.append(Answer(sent, time.monotonic(), status, email))
-        return self._answers[-1]
+        self.answers.append(Answer(sent, time.monotonic(), status, email))
+        return self.answers[-1]
 
-    @property
-    def answers(self) -> list[Answer]:
-        """What the clients got so far."""
-        return self._answers.copy()
+    def send(self, email: str, session: requests.Session | None) -> int:
+        """Send a request and return the status of its response, which must be JSON."""
+        response = self._service.signup(session=session, json=USER | {"email": email})
+        assert response.headers["Content-Type"] == "application/json", response.text
+        response.json()
+        return response.status_code
 
     def await_answers(self, count: int, status: int = 201) -> None:
         """Wait for `count` responses with `status` to requests sent from now on."""

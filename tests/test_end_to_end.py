@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,9 @@ import pytest
 from testbed import wait_until
 from testbed.database import count_users
 from testbed.load import Signups
-from testbed.postgres import home_for
+from testbed.postgres import EmbeddedPostgres, home_for
 from testbed.programs import is_alive
-from testbed.service import USER, Service, project_copy, user
+from testbed.service import GUNICORN, USER, Service, project_copy, user
 
 from .test_hostile import CHUNKED, GOOD, HIDDEN, chunks, get, length, post
 
@@ -84,39 +86,62 @@ def test_embedded_database_runs_until_its_last_service_stops(project: Path) -> N
     wait_until(lambda: not is_alive(pid))
 
 
-def test_no_postgresql_is_left_running_when_the_port_is_taken(project: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(AssertionError, match="Address already in use"):
-            Service(f"--bind={address}", project=project).__enter__()
-    assert not (home_for(project) / "data" / "postmaster.pid").exists()
-
-
-def test_ctrl_c_stops_workers_that_were_already_signalled(database_url: str) -> None:
-    with Service(DATABASE_URL=database_url, WEB_CONCURRENCY="4") as service:
-        service.signup("GET")
-        for pid in service.worker_pids():
-            for number in (signal.SIGINT, signal.SIGQUIT) * 10:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        assert service.press_ctrl_c() == 0
-        assert "was sent SIGKILL" not in service.log()
-
-
 @pytest.mark.parametrize(
-    "start",
+    ("line", "number"),
     [
+        ('exec env --default-signal=HUP "$@"', signal.SIGHUP),  # the terminal is closed
+        ('"$@"; true', signal.SIGKILL),  # the parent process, in `make run` make, is killed
+    ],
+)
+def test_make_run_stops_with_its_terminal_and_with_make(
+    project: Path, line: str, number: int
+) -> None:
+    service = Service(project=project, WEB_CONCURRENCY="1")
+    service._command = ["sh", "-c", line, "sh", *service._command]
+    with service:
+        pids = [*descendants(service.process.pid), server_pid(project)]
+        service.stop(number)
+        wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_next_service_goes_on_with_the_database_of_a_killed_one(project: Path) -> None:
+    with Service(project=project, WEB_CONCURRENCY="1") as service:
+        workers, server = descendants(service.process.pid), server_pid(project)
+        service.stop(signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, workers)))
+    with Service(project=project, WEB_CONCURRENCY="1"):
+        assert server_pid(project) == server
+    # The machine stops, and a process of the same user gets the number of the server.
+    postgres = EmbeddedPostgres(home_for(project))
+    with subprocess.Popen(["sleep", "600"], **postgres.account()) as other:
+        fields = [other.pid, postgres.data, 1, 5432, home_for(project) / "socket"]
+        (postgres.data / "postmaster.pid").write_text("\n".join(map(str, fields)))
+        with Service(project=project, WEB_CONCURRENCY="1"):
+            assert server_pid(project) != other.pid
+        other.kill()
+
+
+def test_make_run_refuses_a_taken_port_in_one_line_and_starts_nothing(project: Path) -> None:
+    command = [sys.executable, "-m", "testbed.postgres", *GUNICORN, "app:app"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = os.environ | {"PORT": port}
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    what = f"PORT {port}: Address already in use; choose another: PORT=... make run\n"
+    assert (done.returncode, done.stderr) == (1, what)
+
+
+def test_slow_clients_do_not_block_others(service: Service) -> None:
+    starts = (
         *(b"P", post(GOOD)[:40], post(GOOD)[:-40], chunks(CHUNKED)[:90]),
         chunks(CHUNKED)[: -len(CHUNKED) + 1],  # stops inside a chunk size
         *(length(b"999999", b"{"), chunks(b"ffffff\r\n")),  # refused at once; the client goes on
         get(b"Connection: close", target=b"/"),  # client side stays open
         HIDDEN + post(GOOD)[:40],  # a complete request and a part of another
-    ],
-)
-def test_slow_clients_do_not_block_others(service: Service, start: bytes) -> None:
+    )
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(service.connect()) for _ in range(100)]  # on four workers
-        for client in slow:
+        slow = [stack.enter_context(service.connect()) for _ in starts * 50]  # on four workers
+        for client, start in zip(slow, starts * 50, strict=True):
             client.sendall(start)
         for _ in range(20):
             assert service.get("/healthz").status_code == 200
@@ -126,7 +151,6 @@ def test_slow_clients_do_not_block_others(service: Service, start: bytes) -> Non
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the process ids of all descendants."""
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 

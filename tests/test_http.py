@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
-from testbed import wait_until
 from testbed.database import broken_table, count_users, execute, locked_table
 from testbed.service import USER, Service, user
 
@@ -45,13 +45,9 @@ def test_valid_signup_returns_201_and_the_stored_user(service: Service, database
     ("first", "again"),
     [
         ("twice@example.com", "twice@example.com"),
-        ("Upper@Example.com", "uPPER@example.COM"),
-        ("ärger@example.com", "ÄRGER@example.com"),
         ("ΣΊΣΥΦΟΣ@example.com", "σίσυφος@example.com"),
         ("jose\u0301@example.com", "JOSÉ@example.com"),
-        ("straße@example.com", "STRASSE@example.com"),
         ("İvan@example.com", "i\u0307VAN@example.com"),
-        ("\u212aelvin@example.com", "kelvin@example.com"),
         ("ada@ΣΊΣΥΦΟΣ.gr", "ADA@σίσυφοσ.gr"),
     ],
 )
@@ -70,27 +66,20 @@ def test_database_error_returns_500(service: Service, database_url: str) -> None
     assert service.signup(json=user("lost")).status_code == 201
 
 
-def test_welcome_and_health_endpoints_return_200(service: Service) -> None:
-    assert service.get("/").json() == {"message": "welcome"}
-    for path in ("/", "/healthz", "/readyz"):
-        assert service.get(path).status_code == 200
-
-
 def test_pool_timeout_returns_503_with_retry_after(url: str) -> None:
+    settings: dict[str, Any] = {
+        "DATABASE_MAX_CONNECTIONS": "1",
+        "DATABASE_POOL_TIMEOUT": "0.2",
+        "DATABASE_STATEMENT_TIMEOUT": "30",
+    }
     with (
-        Service(
-            DATABASE_URL=url,
-            WEB_CONCURRENCY="1",
-            DATABASE_MAX_CONNECTIONS="1",
-            DATABASE_POOL_TIMEOUT="0.2",
-            DATABASE_STATEMENT_TIMEOUT="30",
-            METRICS_SAMPLE_INTERVAL="0.05",
-        ) as service,
+        Service(DATABASE_URL=url, WEB_CONCURRENCY="1", **settings) as service,
         ThreadPoolExecutor(1) as executor,
     ):
+        assert service.get("/readyz").status_code == 200
         with locked_table(url):
             holder = executor.submit(service.signup, json=USER)
-            wait_until(lambda: service.metrics().get_value("database_connections", state="in_use"))
+            service.wait_for(signup_requests_in_flight=1, database_pool_wait_seconds_count=1)
             response = service.signup(json=USER)
             assert response.status_code == 503
             assert response.headers["Retry-After"] == "1"
@@ -98,6 +87,7 @@ def test_pool_timeout_returns_503_with_retry_after(url: str) -> None:
             assert service.get("/readyz").status_code == 503
             assert service.get("/healthz").status_code == 200
         assert holder.result().status_code == 201
-        assert service.metrics().get_value("database_pool_timeouts_total") == 1
-        service.check_equalities(rows=1)
         assert service.get("/readyz").status_code == 200
+        # Of both signups, and of no probe.
+        service.wait_for(database_pool_timeouts_total=1, database_pool_wait_seconds_count=2)
+        service.check_equalities(rows=1)

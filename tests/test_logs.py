@@ -11,6 +11,8 @@ from testbed import wait_until
 from testbed.database import Postgres, broken_table, execute
 from testbed.service import USER, Service, project_copy
 
+from .test_gunicorn import edit
+
 PERSON = {"email": "secret.person@example.com", "first_name": "Zebedee", "last_name": "Quux"}
 PERSONAL = ("secret.person", "example.com", "Zebedee", "Quux", "127.0.0.1", "Agent/7")
 
@@ -52,10 +54,7 @@ def test_each_500_logs_the_request_and_its_cause(service: Service, database_url:
 
 def test_unexpected_exception_is_counted_and_logged_with_its_traceback(database_url: str) -> None:
     with project_copy() as project:
-        views = project / "signup" / "views.py"
-        code = views.read_text()
-        assert "user = database" in code
-        views.write_text(code.replace("user = database", "user = 1 / 0 or database"))
+        edit(project / "signup/views.py", "user = database", "user = 1 / 0 or database")
         with Service(project=project, DATABASE_URL=database_url) as service:
             response = service.signup(json=USER | {"first_name": "Zebedee"})
             assert response.status_code == 500

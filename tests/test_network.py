@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import requests
 
-from drills.failover import address
 from testbed import wait_until
 from testbed.database import Postgres
 from testbed.faults import end_connections
-from testbed.namespace import FILES, NAME, mount, namespace
+from testbed.network import FILES, NAME, Relay, address, mount, namespace
+from testbed.nginx import certify
 from testbed.pgbouncer import PgBouncer
-from testbed.relay import Relay
 from testbed.service import USER, Service, project_copy, refused_start, user
 
 from .test_gunicorn import as_nobody
@@ -53,19 +52,15 @@ def network(postgres: Postgres) -> Iterator[Path]:
 
 @pytest.fixture
 def tls(network: Path) -> dict[str, Any]:
-    return certified(network, "server")
+    return certified(network)
 
 
-def certified(folder: Path, name: str) -> dict[str, Any]:
-    """Make a certificate for NAME, its own authority; return PgBouncer's settings for TLS only."""
-    key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
-    command = (
-        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={NAME}"
-        f" -addext subjectAltName=DNS:{NAME} -keyout {key} -out {certificate}"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
+def certified(folder: Path) -> dict[str, Any]:
+    """Make a certificate, its own authority; return PgBouncer's settings for TLS only."""
+    certify(folder)
+    key = folder / "tls/privkey.pem"
     key.chmod(0o644)  # PgBouncer does not run as root
-    files = {"client_tls_key_file": key, "client_tls_cert_file": certificate}
+    files = {"client_tls_key_file": key, "client_tls_cert_file": key.with_name("fullchain.pem")}
     return {"client_tls_sslmode": "require", **files}
 
 
@@ -155,7 +150,7 @@ def test_system_certificates_verify_the_server(
 ) -> None:
     for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(variable, raising=False)
-    trusted, other = certified(network, "trusted"), certified(network, "other")
+    trusted, other = certified(network / "trusted"), certified(network / "other")
     (network / "certs").mkdir()
     bundle = network / "certs/ca-certificates.crt"
     bundle.write_bytes(trusted["client_tls_cert_file"].read_bytes())
@@ -164,13 +159,13 @@ def test_system_certificates_verify_the_server(
 
     options = "?sslmode=verify-full&sslrootcert=system"
     with PgBouncer(postgres, url, **other) as pgbouncer:
-        named = pgbouncer.url.replace("127.0.0.1", NAME)
-        done = refused_start(DATABASE_URL=named + options)
+        done = refused_start(DATABASE_URL=pgbouncer.url + options)
         assert "certificate verify failed" in done.stderr
-    with PgBouncer(postgres, url, **trusted) as pgbouncer:
-        named = pgbouncer.url.replace("127.0.0.1", NAME)
-        with Service(DATABASE_URL=named + options, WEB_CONCURRENCY="1") as service:
-            assert service.signup(json=USER).status_code == 201
+    with (
+        PgBouncer(postgres, url, **trusted) as pgbouncer,
+        Service(DATABASE_URL=pgbouncer.url + options, WEB_CONCURRENCY="1") as service,
+    ):
+        assert service.signup(json=USER).status_code == 201
 
 
 @pytest.mark.parametrize("options", ["", "?sslmode=require"])

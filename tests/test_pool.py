@@ -1,23 +1,124 @@
-"""The connection pool: turns in order, none lost, counted for signups alone; and readiness."""
+"""signup/pool.py: several hosts, a failover, the URL's options; turns in order, and none lost."""
 
+import contextlib
+import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg2
 import pytest
 from psycopg2.pool import PoolError
 
+from drills.failover import CLIENTS, SCENARIOS, WORKERS
 from signup.config import Config
 from signup.metrics import Metrics
-from signup.pool import Pool
+from signup.pool import Connection, Pool, connect
 from testbed import wait_until
-from testbed.database import Postgres, execute, locked_table
+from testbed.database import Cluster, Postgres, execute
 from testbed.faults import paused
 from testbed.load import Signups
+from testbed.network import Relay, address
 from testbed.service import Service, user
 
-CONNECTIONS = 4
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+def test_connection_error_names_each_host_and_no_password(cluster: Cluster) -> None:
+    standby = urlsplit(cluster.standby.url).query.removeprefix("host=")
+    with pytest.raises(psycopg2.OperationalError) as caught:
+        opened(f"postgresql://postgres:s3cret@{standby},127.0.0.1:1,nowhere.invalid:1/postgres")
+    (line,) = str(caught.value).splitlines()
+    for cause in (
+        "127.0.0.1 1: Connection refused",
+        "session is read-only",
+        "nowhere.invalid 1: [Errno -",
+    ):
+        assert cause in line
+    assert "s3cret" not in line
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_signups_follow_the_primary(cluster: Cluster, scenario: str) -> None:
+    cluster.rejoin()
+    report = SCENARIOS[scenario](cluster)
+    assert report["present"] == report["acknowledged"] >= 100
+    assert report["stale"] == 0
+    if "silent" in scenario:
+        assert report["failed"] <= WORKERS
+    else:
+        assert report["failed"]  # proves that a failover took place
+        # Each client may lose the request it has already sent, but no later one.
+        assert report["failed later"] <= (CLIENTS if "paused" in scenario else 0)
+
+
+@pytest.fixture
+def relay(postgres: Postgres) -> Iterator[Relay]:
+    with Relay(postgres) as relay:
+        yield relay
+
+
+@pytest.fixture
+def hanging(relay: Relay) -> Iterator[socket.socket]:
+    """A server that accepts and never responds, with the port of `relay` on another address."""
+    with socket.create_server(("127.0.0.2", relay.port)) as server:
+        yield server
+
+
+def opened(url: str, seconds: float = 5) -> contextlib.closing[Connection]:
+    """Open a connection within `seconds`, and close it after the block."""
+    config = Config.from_env({"DATABASE_URL": url})
+    return contextlib.closing(connect(config, time.monotonic() + seconds))
+
+
+def test_hanging_host_or_address_is_skipped(
+    url: str, relay: Relay, hanging: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = address(url, relay, relay).replace("@127.0.0.1", "@127.0.0.2")
+    with opened(hosts, seconds=30) as connection:
+        assert connection.info.host == "127.0.0.1"
+        assert time.monotonic() < connection.deadline  # the other host did not take all the time
+    found = [(0, 0, 0, "", (number, 0)) for number in ("127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with opened(address(url, relay).replace("127.0.0.1", "db.example"), seconds=30) as connection:
+        assert connection.info.dsn_parameters["hostaddr"] == "127.0.0.1"
+        assert time.monotonic() < connection.deadline
+
+
+def test_connect_timeout_is_enforced(url: str, relay: Relay, hanging: socket.socket) -> None:
+    alone = address(url, relay).replace("@127.0.0.1", "@127.0.0.2") + "?connect_timeout=1"
+    with ThreadPoolExecutor(1) as executor:
+        attempt = executor.submit(opened, alone, seconds=600)
+        with pytest.raises(psycopg2.OperationalError, match="did not answer in time"):
+            attempt.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "user_timeout", "idle"),
+    [("", 15000, 30), ("?tcp_user_timeout=7000&keepalives_idle=11", 7000, 11)],
+)
+def test_connections_use_keepalive_and_tcp_user_timeout(
+    url: str, relay: Relay, options: str, user_timeout: int, idle: int
+) -> None:
+    with opened(address(url, relay) + options) as connection:
+        sock = socket.socket(fileno=os.dup(connection.fileno()))
+        with sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == user_timeout
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
+
+
+def test_mismatched_hosts_and_ports_are_refused() -> None:
+    with pytest.raises(psycopg2.OperationalError, match="could not match 2 port numbers to 3"):
+        opened("postgresql:///signup?host=a,b,c&port=1,2")
 
 
 @pytest.fixture
@@ -83,56 +184,27 @@ def test_no_failure_loses_a_turn(pool: Pool, monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[Postgres]:
-    """A PostgreSQL that the test may pause."""
-    with Postgres() as server:
-        yield server
-
-
-def test_paused_database_shows_turns_in_use_and_waiting_signups(server: Postgres) -> None:
-    url, clients = server.new_database(), 20
-    settings: dict[str, Any] = {
-        "DATABASE_MAX_CONNECTIONS": str(CONNECTIONS),
-        "METRICS_SAMPLE_INTERVAL": "0.05",
-    }
+def test_paused_database_shows_turns_in_use_and_waiting_signups() -> None:
+    settings: dict[str, Any] = {"WEB_CONCURRENCY": "1", "METRICS_SAMPLE_INTERVAL": "0.05"}
+    clients, most = 20, 4
     with (
-        Service(DATABASE_URL=url, WEB_CONCURRENCY="1", **settings) as service,
+        Postgres() as server,
+        Service(
+            DATABASE_URL=server.new_database(), DATABASE_MAX_CONNECTIONS=str(most), **settings
+        ) as service,
         ThreadPoolExecutor(clients) as executor,
     ):
-        with paused(server, url):  # before any connection is open
+        with paused(server, ""):  # before any connection is open
             answers = [executor.submit(service.signup, json=user(f"{n}")) for n in range(clients)]
             service.wait_for(
-                signup_requests_in_flight=clients, database_pool_waiting=clients - CONNECTIONS
+                signup_requests_in_flight=clients, database_pool_waiting=clients - most
             )
             now = service.metrics()
             states = [now.get_value("database_connections", state=s) for s in ("in_use", "open")]
-            assert states == [CONNECTIONS] * 2
+            assert states == [most] * 2
         assert {answer.result().status_code for answer in answers} <= {201, 500, 503}
         service.wait_for(database_pool_waiting=0)
         service.quiet_metrics()
-
-
-def test_probes_are_not_counted_as_signups_that_wait(url: str) -> None:
-    names = ("pool_timeouts_total", "pool_waiting", "pool_wait_seconds_count")
-
-    def pool_metrics() -> list[float]:
-        now = service.metrics()
-        return [now.get_value(f"database_{name}") for name in names]
-
-    with (
-        Service(DATABASE_URL=url, WEB_CONCURRENCY="1", DATABASE_MAX_CONNECTIONS="2") as service,
-        ThreadPoolExecutor(6) as executor,
-    ):
-        assert service.get("/readyz").status_code == 200
-        with locked_table(url):
-            answers = [executor.submit(service.signup, json=user(f"{n}")) for n in range(2)]
-            service.wait_for(signup_requests_in_flight=2, database_pool_wait_seconds_count=2)
-            probes = [executor.submit(service.get, "/readyz") for _ in range(4)]
-            assert {probe.result().status_code for probe in probes} == {503}
-            assert pool_metrics() == [0, 0, 2]
-        assert [answer.result().status_code for answer in answers] == [201] * 2
-        assert pool_metrics() == [0, 0, 2]
 
 
 def test_busy_service_whose_signups_are_committed_is_ready(url: str) -> None:
@@ -149,3 +221,38 @@ def test_busy_service_whose_signups_are_committed_is_ready(url: str) -> None:
             assert [service.get("/readyz").status_code for _ in range(6)] == [200] * 6
         assert not load.unanswered
         assert service.answers.keys() <= {201, 400, 409}
+
+
+def test_read_only_error_closes_every_connection_opened_before_it(
+    postgres: Postgres, url: str
+) -> None:
+    pool = Pool(Config.from_env({"DATABASE_URL": url}), 4, Metrics(1))
+    with pool.connection(5) as busy:
+        with pool.connection(5), pool.connection(5):
+            pass
+        with (
+            pytest.raises(psycopg2.errors.ReadOnlySqlTransaction),
+            pool.connection(5) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute("SET default_transaction_read_only = on")
+            cursor.execute("CREATE TABLE refused ()")
+        wait_until(lambda: postgres.connections(url) == {busy.info.backend_pid})
+        with pool.connection(5) as new:
+            pass
+    wait_until(lambda: postgres.connections(url) == {new.info.backend_pid})
+    pool.closeall()
+
+
+def test_stale_connections_make_room_for_new_ones(postgres: Postgres, url: str) -> None:
+    config = Config.from_env({"DATABASE_URL": url, "METRICS_SAMPLE_INTERVAL": "60"})
+    pool = Pool(config, 2, Metrics(1))
+    with pool.connection(5), pool.connection(5):
+        pass
+    execute(postgres.url, f"ALTER ROLE {urlsplit(url).username} CONNECTION LIMIT 2")
+    execute(postgres.url, f"SELECT pg_terminate_backend({min(postgres.connections(url))}, 5000)")
+    for _ in range(2):
+        with pool.connection(5) as first, pool.connection(5) as second:
+            wait_until(lambda: len(postgres.connections(url)) == 2)
+            assert not first.closed and not second.closed
+    pool.closeall()

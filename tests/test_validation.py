@@ -70,26 +70,22 @@ def test_email_verdicts_equal_those_of_email_validator() -> None:
     assert verdicts == {True, False}
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("jose", "josé"), ("ivan", "İvan"), ("Ａda", "Ada"), ("a.da", "ada")]
-)
-def test_different_emails_fold_differently(one: str, other: str) -> None:
-    assert fold_email(f"{one}@example.com") != fold_email(f"{other}@example.com")
-
-
-def test_every_letter_case_of_a_text_folds_the_same() -> None:
+def test_every_letter_case_of_a_text_folds_the_same_and_nothing_else_does() -> None:
     # The dotless i of Turkish and Azerbaijani: its capital is the ordinary I.
     exceptions = {"ı"}
     changes = (str.upper, str.lower, str.title, str.swapcase)
 
     def changed(text: str) -> bool:
-        spellings = {text, *(change(text) for change in changes)}
-        return len({fold_email(f"{spelling}@example.com") for spelling in spellings}) > 1
+        spellings = {text, *(change(text) for change in changes)} - {text}
+        fold = fold_email(f"{text}@example.com") if spellings else ""
+        return any(fold_email(f"{spelling}@example.com") != fold for spelling in spellings)
 
     assert {character for character in UNICODE if changed(character)} == exceptions
     letters = [character for character in UNICODE if character.isalpha()]
     cased = [character for character in letters if character.swapcase() != character]
     draw = random.Random(8)  # the same texts in every run
-    for turn in range(10_000):
+    for turn in range(5_000):
         text = "".join(draw.choices(cased if turn % 2 else letters, k=draw.randint(2, 6)))
         assert changed(text) == bool(exceptions & set(text)), ascii(text)
+    for one, other in (("jose", "josé"), ("ivan", "İvan"), ("Ａda", "Ada"), ("a.da", "ada")):
+        assert fold_email(f"{one}@example.com") != fold_email(f"{other}@example.com")
