@@ -1,6 +1,6 @@
 """`make limits`: 1 to 200 clients, CPU by layer, scrapes, memory, and other worker counts.
 
-It prints the figures of the tables in docs/performance.md.
+It prints the figures of docs/performance.md.
 """
 
 import os
